@@ -1,0 +1,1 @@
+"""Reading checkpoints: Hugging Face directories, GGUF files and named assets."""

@@ -1,0 +1,87 @@
+"""load_target: a name or path -> a model that is ready to decode."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from specjax.checkpoints import hf, pretrained
+from specjax.errors import CheckpointError, ConfigError
+from specjax.target import decoder
+from specjax.target.families import ModelConfig, from_hf
+from specjax.tokenizer import load_tokenizer, stop_token_ids
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+    """A loaded model.
+
+    Attributes:
+        name: what it was loaded by.
+        config: its architecture.
+        params: its weights, as decoder.init describes them.
+        dtype: of weights and cache.
+        tokenizer: a transformers tokenizer, or None (then prompts are token ids).
+        stop_token_ids: tokens that end a generation.
+        mesh: the mesh that the weights are placed on, or None.
+    """
+
+    name: str
+    config: ModelConfig
+    params: decoder.Params
+    dtype: Any
+    tokenizer: Any = None
+    stop_token_ids: tuple[int, ...] = ()
+    mesh: Any = None
+
+    @property
+    def num_params(self) -> int:
+        """Weights, a tied head not counted twice."""
+        total = sum(x.size for x in jax.tree.leaves(self.params))
+        return total - (self.params["head"].size if self.config.tied_head else 0)
+
+
+def load_target(name_or_path: str | Path, dtype: Any = None, mesh: Any = None, revision: str | None = None) -> Target:
+    """Loads a model.
+
+    Args:
+        name_or_path: a Hugging Face directory or hub id, a GGUF file, or a named asset ("smollm2-135m-instruct").
+        dtype: of weights and cache; None is float32 on CPU (where bfloat16 is slower) and bfloat16 on accelerators.
+        mesh: not supported in this version; must be None.
+        revision: of a hub id.
+
+    Raises:
+        AssetError: nothing is found under that name.
+        CheckpointError: it is not a checkpoint that can be read; names the tensor or field.
+        ConfigError: unknown dtype, or a mesh.
+    """
+    if mesh is not None:
+        raise ConfigError("mesh: sharded decoding is not in this version yet; expected None.")
+    dtype = _dtype(dtype)
+    directory = pretrained.resolve(name_or_path, revision)
+    config = from_hf(hf.read_config(directory))
+    params = hf.read_params(directory, config, dtype)
+    tokenizer = load_tokenizer(directory) if any(directory.glob("tokenizer*")) else None
+    if tokenizer is not None and len(tokenizer) > config.vocab_size:
+        raise CheckpointError(
+            f"{directory}: its tokenizer has {len(tokenizer)} tokens but config.json says vocab_size="
+            f"{config.vocab_size}; expected no more tokens than logits."
+        )
+    stops = stop_token_ids(directory, tokenizer)
+    return Target(str(name_or_path), config, params, dtype, tokenizer, stops)
+
+
+def _dtype(dtype: Any) -> Any:
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r}: expected one of {DTYPES}, or None for the platform's best.")
+    return jnp.dtype(name)

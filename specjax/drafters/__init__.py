@@ -1,0 +1,65 @@
+"""Drafting methods: one file each, and the table that names them."""
+
+from collections.abc import Callable
+from typing import Any
+
+from specjax.checkpoints.load import Target, load_target
+from specjax.config import SpeculativeConfig
+from specjax.drafters.base import Drafter
+from specjax.drafters.draft_model import draft_model
+from specjax.drafters.ngram import ngram
+from specjax.drafters.plain import plain
+from specjax.errors import ConfigError
+
+
+def build_drafter(config: SpeculativeConfig | None, target: Target) -> tuple[Drafter, Any]:
+    """The drafter that a config describes for a target, and its weights. None is plain decoding.
+
+    Raises:
+        ConfigError: the draft model does not fit the target; names the field.
+    """
+    if config is None:
+        return plain(), ()
+    return METHODS[str(config.method)](config, target)
+
+
+def _ngram(config: SpeculativeConfig, target: Target) -> tuple[Drafter, Any]:
+    assert config.prompt_lookup_min is not None and config.prompt_lookup_max is not None  # validated
+    return ngram(config.num_speculative_tokens, config.prompt_lookup_min, config.prompt_lookup_max), ()
+
+
+def _draft_model(config: SpeculativeConfig, target: Target) -> tuple[Drafter, Any]:
+    draft = load_target(config.model or "", dtype=target.dtype, revision=config.revision)
+    return draft_model_for(draft, target, config)
+
+
+def draft_model_for(draft: Target, target: Target, config: SpeculativeConfig) -> tuple[Drafter, Any]:
+    """The draft_model drafter from a model that is already loaded."""
+    if draft.config.vocab_size != target.config.vocab_size:
+        raise ConfigError(
+            f"SpeculativeConfig.model={draft.name!r}: its vocabulary has {draft.config.vocab_size} tokens, the target's "
+            f"{target.config.vocab_size}; expected the same vocabulary, so choose a draft model of the target's family."
+        )
+    longest = min(draft.config.max_position, target.config.max_position)
+    limit = config.max_model_len
+    if limit is not None and limit > longest:
+        raise ConfigError(
+            f"SpeculativeConfig.max_model_len={limit}: expected at most {longest}, the shorter context of draft and "
+            "target."
+        )
+    if limit is None and longest < target.config.max_position:
+        limit = longest
+    drafter = draft_model(
+        draft.config,
+        config.num_speculative_tokens,
+        draft.dtype,
+        sample=config.draft_sample_method == "probabilistic",
+        max_model_len=limit,
+    )
+    return drafter, draft.params
+
+
+METHODS: dict[str, Callable[[SpeculativeConfig, Target], tuple[Drafter, Any]]] = {
+    "ngram": _ngram,
+    "draft_model": _draft_model,
+}

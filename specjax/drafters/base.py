@@ -1,0 +1,97 @@
+"""What a drafter is: a NamedTuple of pure functions, and what passes between it and the step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+
+from specjax.sampling import SamplingState
+
+NO_DRAFT = -1
+"""Token of a proposal where the row has no draft; it is always rejected and never counted."""
+
+
+@flax.struct.dataclass
+class Context:
+    """What has been committed so far, as a drafter sees it.
+
+    Attributes:
+        tokens: int32[B, S], prompt and output; meaningless at and beyond length.
+        length: int32[B].
+        sampling: SamplingState of the rows.
+    """
+
+    tokens: jax.Array
+    length: jax.Array
+    sampling: SamplingState
+
+
+class Features(NamedTuple):
+    """What the target computed for the positions start .. start + T - 1.
+
+    Attributes:
+        tokens: int32[B, T].
+        start: int32[B].
+        taps: one dtype[B, T, D] for each of Drafter.taps.
+        final: dtype[B, T, D], after the final norm.
+    """
+
+    tokens: jax.Array
+    start: jax.Array
+    taps: tuple[jax.Array, ...]
+    final: jax.Array
+
+
+class Proposal(NamedTuple):
+    """Drafts of one round.
+
+    Attributes:
+        tokens: int32[B, G]; NO_DRAFT from the first position on where the row proposes nothing.
+        probs: float32[B, G, V], the distribution that each token was drawn from, or None where drafts are not drawn
+            but chosen: then the distribution is all on the token (one-hot).
+    """
+
+    tokens: jax.Array
+    probs: jax.Array | None = None
+
+    @property
+    def num_drafts(self) -> jax.Array:
+        """int32[B], 0..G."""
+        return (self.tokens != NO_DRAFT).sum(axis=1)
+
+
+class Drafter(NamedTuple):
+    """A drafting method. Its state is a pytree that the step carries along and never looks into.
+
+    Attributes:
+        name: the method's name.
+        num_speculative_tokens: G.
+        parents: the topology of the drafts, static; parents[i] is the draft that draft i follows, -1 the last
+            committed token. A chain is (-1, 0, 1, ...).
+        widths: window sizes that scoring is compiled for, increasing, the last one G + 1. The smallest that holds
+            every row's drafts is used, so a round in which nobody drafts costs a plain step.
+        taps: target layers whose entering hidden states the drafter wants to see.
+        slack: cache slots that the drafter writes beyond the G + 1 of the target's window.
+        init: (params, batch, capacity) -> state.
+        prefill: (params, state, features) -> state; sees the prompt, less its last token, in pieces.
+        propose: (params, state, context) -> (Proposal, state).
+        observe: (params, state, features, num_accepted) -> state; sees what the target computed for the last
+            committed token and the drafts, and how many drafts (int32[B]) were accepted.
+    """
+
+    name: str
+    num_speculative_tokens: int
+    parents: tuple[int, ...]
+    widths: tuple[int, ...]
+    init: Callable[[Any, int, int], Any]
+    propose: Callable[[Any, Any, Context], tuple[Proposal, Any]]
+    prefill: Callable[[Any, Any, Features], Any] = lambda params, state, features: state
+    observe: Callable[[Any, Any, Features, jax.Array], Any] = lambda params, state, features, num_accepted: state
+    taps: tuple[int, ...] = ()
+    slack: int = 0
+
+
+def chain(num_speculative_tokens: int) -> tuple[int, ...]:
+    """The topology in which each draft follows the one before."""
+    return tuple(range(-1, num_speculative_tokens - 1))

@@ -1,0 +1,549 @@
+"""Prompts -> texts: prefill, the loop on the device, streaming."""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax import cache as kv
+from specjax.checkpoints.load import Target
+from specjax.checkpoints.pretrained import cache_dir
+from specjax.config import SamplingParams, SpeculativeConfig
+from specjax.drafters import build_drafter, draft_model_for
+from specjax.drafters.base import Drafter, Features
+from specjax.errors import ConfigError, SpecJAXError
+from specjax.metrics import Metrics
+from specjax.sampling import SamplingState
+from specjax.step import ERROR, LENGTH, PAD, RUNNING, STOP, DecodeState, Params, System, speculative_step
+from specjax.target import decoder
+from specjax.verify import RULES
+
+PREFILL_BUCKETS = (16, 32, 64, 128, 256, 512)
+"""Window lengths that prefill is compiled for; a longer prompt runs through the last one several times."""
+
+STREAM_ROUNDS = 4
+"""Rounds between two looks at the device while streaming or looking for stop strings."""
+
+FINISH_REASONS = {STOP: "stop", LENGTH: "length", ERROR: "error"}
+STOP_TOKENS_MULTIPLE = 8
+"""The stop token table is padded to a multiple of this, so that its size does not cause a compilation."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationResult:
+    """What generate returns; lists are in the order of the prompts.
+
+    Attributes:
+        texts: decoded output without special tokens and without the stop string ("" where the target has no tokenizer).
+        token_ids: output tokens, a stop token included.
+        finish_reasons: "stop", "length", or "error" for a row whose logits were not finite.
+        metrics: of the whole call.
+        lossless: whether the acceptance rule keeps the target's distribution.
+    """
+
+    texts: list[str]
+    token_ids: list[list[int]]
+    finish_reasons: list[str]
+    metrics: Metrics
+    lossless: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamChunk:
+    """What became known of one prompt's output since the last chunk.
+
+    Attributes:
+        index: of the prompt.
+        text: new text; never part of a character or of a stop string.
+        finish_reason: None while the row goes on.
+    """
+
+    index: int
+    text: str
+    finish_reason: str | None
+
+
+def prefill(system: System, params: Params, state: DecodeState, start: jax.Array, size: int) -> DecodeState:
+    """Runs positions start .. start + size - 1 of every row's prompt into the caches.
+
+    Rows with shorter prompts compute entries behind their length; the first rounds overwrite them, the mask hides them.
+    """
+    rows = state.length.size
+    window = jax.lax.dynamic_slice_in_dim(state.tokens, start, size, axis=1)
+    starts = jnp.full((rows,), start, jnp.int32)
+    window = jnp.maximum(window, 0)
+    out = system.forward(params.target, window, starts, state.cache, system.drafter.taps, False)
+    features = Features(window, starts, out.taps, out.final)
+    drafter_state = system.drafter.prefill(params.drafter, state.drafter, features)
+    return state.replace(cache=out.cache, drafter=drafter_state)
+
+
+def decode(system: System, params: Params, state: DecodeState, num_rounds: jax.Array) -> DecodeState:
+    """Rounds until every row is done, num_rounds at most, without a host read."""
+
+    def unfinished(carry):
+        index, state = carry
+        return (index < num_rounds) & ~state.done.all()
+
+    def one_round(carry):
+        index, state = carry
+        return index + 1, speculative_step(system, params, state)
+
+    return jax.lax.while_loop(unfinished, one_round, (0, state))[1]
+
+
+class Programs:
+    """The compiled programs of one system: one for each shape, compiled when first needed, and never again.
+
+    Attributes:
+        compile_seconds: spent on compiling so far.
+        num_compiled: programs so far.
+    """
+
+    def __init__(self, system: System, init_cache: Callable[[int, int], Any], enforce_eager: bool = False):
+        self.system = system
+        self.compile_seconds = 0.0
+        self.num_compiled = 0
+        self._init_cache = init_cache
+        self._eager = enforce_eager
+        self._compiled: dict[tuple, Any] = {}
+
+    def init(self, params: Params, rows: dict[str, np.ndarray]) -> DecodeState:
+        """The state before prefill, with empty caches."""
+        batch, capacity = rows["tokens"].shape
+
+        def init(params, rows):
+            key = jax.vmap(lambda low, high: jax.random.fold_in(jax.random.key(low), high))(
+                rows["seed_low"], rows["seed_high"]
+            )
+            G = self.system.drafter.num_speculative_tokens
+            return DecodeState(
+                tokens=rows["tokens"],
+                length=rows["length"],
+                max_length=rows["max_length"],
+                stop_tokens=rows["stop_tokens"],
+                finish=rows["finish"],
+                sampling=SamplingState(rows["temperature"], rows["top_k"], rows["top_p"], rows["min_p"], key),
+                cache=self._init_cache(batch, capacity),
+                drafter=self.system.drafter.init(params.drafter, batch, capacity),
+                num_drafted=jnp.zeros(batch, jnp.int32),
+                acceptance_counts=jnp.zeros((batch, G + 1), jnp.int32),
+            )
+
+        return self._run(("init", *_shape_key(rows)), jax.jit(init), params, rows)
+
+    def prefill(self, params: Params, state: DecodeState, start: int, size: int) -> DecodeState:
+        """See prefill. The state is donated."""
+        function = jax.jit(functools.partial(prefill, self.system, size=size), donate_argnums=1)
+        return self._run(("prefill", size, *_state_key(state)), function, params, state, np.int32(start))
+
+    def decode(self, params: Params, state: DecodeState, num_rounds: int) -> DecodeState:
+        """See decode. The state is donated."""
+        function = jax.jit(functools.partial(decode, self.system), donate_argnums=1)
+        return self._run(("decode", *_state_key(state)), function, params, state, np.int32(num_rounds))
+
+    def _run(self, key: tuple, function: Any, *args: Any) -> Any:
+        if self._eager:
+            with jax.disable_jit():
+                return function(*args)
+        if key not in self._compiled:
+            began = time.perf_counter()
+            self._compiled[key] = function.lower(*args).compile()
+            self.compile_seconds += time.perf_counter() - began
+            self.num_compiled += 1
+        return self._compiled[key](*args)
+
+
+def _shape_key(rows: dict[str, np.ndarray]) -> tuple:
+    return (*rows["tokens"].shape, rows["stop_tokens"].shape[1])
+
+
+def _state_key(state: DecodeState) -> tuple:
+    return (*state.tokens.shape, state.stop_tokens.shape[1])
+
+
+class SpeculativeDecoder:
+    """Decodes prompts with a target and a drafting method.
+
+    Args:
+        target: from load_target.
+        config: a SpeculativeConfig, or None for plain decoding.
+        mesh: not supported in this version; must be None.
+        max_batch_size: prompts decoded side by side; more are decoded in groups.
+        draft: a loaded draft model, instead of config.model.
+
+    Raises:
+        ConfigError: the config does not fit the target; names the field.
+
+    Example:
+        >>> target = specjax.load_target("smollm2-135m-instruct")
+        >>> decoder = specjax.SpeculativeDecoder(target, specjax.SpeculativeConfig(method="ngram"))
+        >>> decoder.generate(["Name three primary colours."]).texts[0]
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        config: SpeculativeConfig | None = None,
+        mesh: Any = None,
+        max_batch_size: int = 8,
+        draft: Target | None = None,
+    ):
+        if mesh is not None:
+            raise ConfigError("mesh: sharded decoding is not in this version yet; expected None.")
+        if max_batch_size < 1:
+            raise ConfigError(f"max_batch_size={max_batch_size}: expected an integer >= 1.")
+        self.target = target
+        self.config = config
+        self.max_batch_size = max_batch_size
+        enable_compilation_cache()
+        drafter, draft_params = self._drafter(draft)
+        self.rule_name = (config.rejection_sampling_strategy if config else None) or "residual"
+        system = System(functools.partial(decoder.apply, target.config), drafter, RULES[self.rule_name].rule)
+        self.params = Params(target.params, draft_params)
+        self.programs = Programs(
+            system,
+            lambda batch, capacity: decoder.init_cache(target.config, batch, capacity, target.dtype),
+            enforce_eager=config.enforce_eager if config else False,
+        )
+
+    def _drafter(self, draft: Target | None) -> tuple[Drafter, Any]:
+        if draft is None:
+            return build_drafter(self.config, self.target)
+        if self.config is None or self.config.method != "draft_model":
+            raise ConfigError("draft: a draft model was given; expected SpeculativeConfig(method='draft_model').")
+        return draft_model_for(draft, self.target, self.config)
+
+    def generate(
+        self,
+        prompts: str | Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        chat: bool = True,
+    ) -> GenerationResult:
+        """Decodes prompts to their end.
+
+        Args:
+            prompts: one text, or a list whose items are texts, chat messages ([{"role", "content"}, ...]) or token ids.
+            sampling_params: one for all prompts or one each; None is greedy.
+            chat: put texts through the tokenizer's chat template.
+
+        Raises:
+            SpecJAXError: an empty or over-long prompt, parameters that don't fit; names the prompt.
+        """
+        requests = self._requests(prompts, sampling_params, chat)
+        outputs: list[_Output] = []
+        metrics: Metrics | None = None
+        for first in range(0, len(requests), self.max_batch_size):
+            batch = _Batch(self, requests[first : first + self.max_batch_size])
+            for _ in batch.run(looks=any(request.params.stop for request in batch.requests)):
+                pass
+            outputs += batch.outputs()
+            metrics = batch.metrics() if metrics is None else metrics + batch.metrics()
+        assert metrics is not None  # requests are never empty
+        return _result(outputs, metrics, RULES[self.rule_name].lossless)
+
+    def stream(
+        self,
+        prompts: str | Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        chat: bool = True,
+    ) -> "Stream":
+        """Like generate, but an iterator of StreamChunk; its result attribute is set at the end.
+
+        At most max_batch_size prompts.
+        """
+        requests = self._requests(prompts, sampling_params, chat)
+        if len(requests) > self.max_batch_size:
+            raise SpecJAXError(
+                f"prompts: {len(requests)} to stream; expected at most max_batch_size={self.max_batch_size}."
+            )
+        return Stream(_Batch(self, requests), RULES[self.rule_name].lossless)
+
+    def _requests(self, prompts, sampling_params, chat) -> list["_Request"]:
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise SpecJAXError("prompts=[]: expected at least one prompt.")
+        if sampling_params is None:
+            sampling_params = SamplingParams()
+        if isinstance(sampling_params, SamplingParams):
+            sampling_params = [sampling_params] * len(prompts)
+        if len(sampling_params) != len(prompts):
+            raise SpecJAXError(
+                f"sampling_params: {len(sampling_params)} given for {len(prompts)} prompts; expected one, or one each."
+            )
+        return [
+            self._request(index, prompt, params, chat)
+            for index, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True))
+        ]
+
+    def _request(self, index: int, prompt: Any, params: SamplingParams, chat: bool) -> "_Request":
+        from specjax.tokenizer import encode_prompt
+
+        try:
+            tokens = encode_prompt(self.target.tokenizer, prompt, chat, self.target.config.vocab_size)
+        except SpecJAXError as error:
+            raise type(error)(f"prompts[{index}]: {error}") from error
+        longest = self.target.config.max_position - 1
+        if len(tokens) > longest:
+            raise SpecJAXError(
+                f"prompts[{index}]: has {len(tokens)} tokens; expected at most {longest}, the target's context less one "
+                "token of output. Shorten it."
+            )
+        if RULES[self.rule_name].greedy_only and not params.greedy:
+            raise ConfigError(
+                f"SamplingParams.temperature={params.temperature}: rejection_sampling_strategy={self.rule_name!r} "
+                "decodes at temperature 0 only; use 'residual' to sample."
+            )
+        if params.stop and self.target.tokenizer is None:
+            raise ConfigError(f"SamplingParams.stop={params.stop}: the target has no tokenizer; use stop_token_ids.")
+        stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.target.stop_token_ids))
+        return _Request(index, tokens, params, tuple(sorted(stops)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Request:
+    index: int
+    tokens: list[int]
+    params: SamplingParams
+    stop_tokens: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Output:
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+
+
+class Stream:
+    """An iterator of StreamChunk.
+
+    Attributes:
+        result: the GenerationResult, once the iterator is exhausted.
+    """
+
+    def __init__(self, batch: "_Batch", lossless: bool):
+        self.result: GenerationResult | None = None
+        self._chunks = self._iterate(batch, lossless)
+
+    def __iter__(self) -> Iterator[StreamChunk]:
+        return self._chunks
+
+    def _iterate(self, batch: "_Batch", lossless: bool) -> Iterator[StreamChunk]:
+        shown = [""] * len(batch.requests)
+        finished: set[int] = set()
+        for _ in batch.run(looks=True):
+            for index, output in enumerate(batch.outputs()):
+                if index in finished:
+                    continue
+                safe = output.text
+                if output.finish_reason is None:
+                    safe = _settled(output.text, batch.requests[index].params.stop)
+                else:
+                    finished.add(index)
+                if len(safe) > len(shown[index]) or output.finish_reason:
+                    yield StreamChunk(index, safe[len(shown[index]) :], output.finish_reason)
+                    shown[index] = max(shown[index], safe, key=len)
+        self.result = _result(batch.outputs(), batch.metrics(), lossless)
+
+
+class _Batch:
+    """Requests that decode side by side, from prompt to output."""
+
+    def __init__(self, owner: SpeculativeDecoder, requests: list[_Request]):
+        self.owner = owner
+        self.requests = requests
+        self.batch = min(owner.max_batch_size, 1 << (len(requests) - 1).bit_length())
+        self.seconds = {"prefill": 0.0, "first_round": 0.0, "decode": 0.0}
+        self.compile_seconds = 0.0
+        self.snapshot: dict[str, np.ndarray] = {}
+        self.stopped: dict[int, _Output] = {}
+
+    def run(self, looks: bool) -> Iterator[None]:
+        """Decodes; yields each time that outputs() has news: after every few rounds with looks, else only once."""
+        programs, params = self.owner.programs, self.owner.params
+        compiled_before = programs.compile_seconds
+
+        @contextlib.contextmanager
+        def timed(*names):
+            began, compiled = time.perf_counter(), programs.compile_seconds
+            yield
+            spent = time.perf_counter() - began - (programs.compile_seconds - compiled)
+            for name in names:
+                self.seconds[name] += spent
+
+        windows = prefill_windows(max(len(request.tokens) for request in self.requests) - 1)
+        rows = self._rows(windows)
+        with timed("prefill"):
+            state = programs.init(params, rows)
+            for start, size in windows:
+                state = programs.prefill(params, state, start, size)
+            jax.block_until_ready(state.length if not windows else state.cache)
+        with timed("first_round", "decode"):
+            state = programs.decode(params, state, 1)
+            self._look(state)
+        while (self.snapshot["finish"] == RUNNING).any():
+            if looks:
+                yield
+            with timed("decode"):
+                state = programs.decode(params, state, STREAM_ROUNDS if looks else np.iinfo(np.int32).max)
+                self._look(state)
+            if looks:
+                state = self._stop_at_strings(state)
+        self._stop_at_strings(state)
+        self.compile_seconds = programs.compile_seconds - compiled_before
+        yield
+
+    def _rows(self, windows: list[tuple[int, int]]) -> dict[str, np.ndarray]:
+        """The per-row inputs. Rows beyond the requests are done from the start."""
+        context = self.owner.target.config.max_position
+        drafter = self.owner.programs.system.drafter
+        longest = max(min(len(r.tokens) + r.params.max_tokens, context) for r in self.requests)
+        prefilled = sum(windows[-1]) if windows else 0
+        capacity = kv.round_capacity(max(longest + drafter.num_speculative_tokens + drafter.slack, prefilled))
+        num_stops = max(len(request.stop_tokens) for request in self.requests)
+        num_stops = -(-max(num_stops, 1) // STOP_TOKENS_MULTIPLE) * STOP_TOKENS_MULTIPLE
+        rows = {
+            "tokens": np.zeros((self.batch, capacity), np.int32),
+            "length": np.ones(self.batch, np.int32),
+            "max_length": np.ones(self.batch, np.int32),
+            "stop_tokens": np.full((self.batch, num_stops), PAD, np.int32),
+            "finish": np.full(self.batch, LENGTH, np.int32),
+            "temperature": np.zeros(self.batch, np.float32),
+            "top_k": np.zeros(self.batch, np.int32),
+            "top_p": np.ones(self.batch, np.float32),
+            "min_p": np.zeros(self.batch, np.float32),
+            "seed_low": np.zeros(self.batch, np.uint32),
+            "seed_high": np.zeros(self.batch, np.uint32),
+        }
+        for row, request in enumerate(self.requests):
+            params, length, seed = request.params, len(request.tokens), request.params.seed or 0
+            values = {
+                "length": length,
+                "max_length": min(length + params.max_tokens, context),
+                "finish": RUNNING,
+                "temperature": params.temperature,
+                "top_k": max(params.top_k, 0),
+                "top_p": params.top_p,
+                "min_p": params.min_p,
+                "seed_low": seed & 0xFFFFFFFF,
+                "seed_high": seed >> 32,
+            }
+            rows["tokens"][row, :length] = request.tokens
+            rows["stop_tokens"][row, : len(request.stop_tokens)] = request.stop_tokens
+            for name, value in values.items():
+                rows[name][row] = value
+        return rows
+
+    def _look(self, state: DecodeState) -> None:
+        """The one place that reads the device."""
+        names = ("tokens", "length", "finish", "num_drafted", "acceptance_counts")
+        arrays = jax.device_get([getattr(state, name) for name in names])
+        self.snapshot = dict(zip(names, arrays, strict=True))
+
+    def _stop_at_strings(self, state: DecodeState) -> DecodeState:
+        """Ends rows whose text holds one of their stop strings."""
+        tokenizer = self.owner.target.tokenizer
+        newly = []
+        for row, request in enumerate(self.requests):
+            if row in self.stopped or not request.params.stop:
+                continue
+            tokens = self._tokens(row)
+            cut = first_stop(_decode_text(tokenizer, tokens), request.params.stop)
+            if cut is None:
+                continue
+            num = next(
+                n
+                for n in range(1, len(tokens) + 1)
+                if first_stop(_decode_text(tokenizer, tokens[:n]), request.params.stop) is not None
+            )
+            self.stopped[row] = _Output(_decode_text(tokenizer, tokens)[:cut], tokens[:num], "stop")
+            newly.append(row)
+        if not newly:
+            return state
+        self.snapshot["finish"] = self.snapshot["finish"].copy()
+        self.snapshot["finish"][newly] = STOP
+        return state.replace(finish=jnp.asarray(self.snapshot["finish"]))
+
+    def _tokens(self, row: int) -> list[int]:
+        prompt = len(self.requests[row].tokens)
+        return self.snapshot["tokens"][row, prompt : self.snapshot["length"][row]].tolist()
+
+    def outputs(self) -> list[_Output]:
+        """What is known of each request's output."""
+        tokenizer = self.owner.target.tokenizer
+        outputs = []
+        for row in range(len(self.requests)):
+            tokens = self._tokens(row)
+            reason = FINISH_REASONS.get(int(self.snapshot["finish"][row]))
+            outputs.append(self.stopped.get(row) or _Output(_decode_text(tokenizer, tokens), tokens, reason))
+        return outputs
+
+    def metrics(self) -> Metrics:
+        rows = len(self.requests)
+        return Metrics(
+            acceptance_counts=self.snapshot["acceptance_counts"][:rows].sum(axis=0).astype(np.int64),
+            drafted=int(self.snapshot["num_drafted"][:rows].sum()),
+            num_tokens=sum(len(self._tokens(row)) for row in range(rows)),
+            prefill_seconds=self.seconds["prefill"],
+            decode_seconds=self.seconds["decode"],
+            first_round_seconds=self.seconds["first_round"],
+            compile_seconds=self.compile_seconds,
+        )
+
+
+def prefill_windows(num_positions: int) -> list[tuple[int, int]]:
+    """(start, size) of the windows that cover so many positions, sizes from PREFILL_BUCKETS."""
+    largest = PREFILL_BUCKETS[-1]
+    windows = [(start, largest) for start in range(0, num_positions - largest + 1, largest)]
+    rest = num_positions - len(windows) * largest
+    if rest:
+        windows.append((len(windows) * largest, next(size for size in PREFILL_BUCKETS if size >= rest)))
+    return windows
+
+
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where the earliest of some strings begins in a text, or None."""
+    found = [index for index in (text.find(stop) for stop in stops) if index >= 0]
+    return min(found) if found else None
+
+
+def _settled(text: str, stops: Sequence[str]) -> str:
+    """The part of an unfinished text that later tokens can neither change nor turn into a stop string."""
+    text = text.rstrip("\ufffd")
+    held = 0
+    for stop in stops:
+        for length in range(min(len(stop) - 1, len(text)), held, -1):
+            if text.endswith(stop[:length]):
+                held = length
+                break
+    return text[: len(text) - held]
+
+
+def _decode_text(tokenizer: Any, tokens: list[int]) -> str:
+    if tokenizer is None:
+        return ""
+    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _result(outputs: list[_Output], metrics: Metrics, lossless: bool) -> GenerationResult:
+    return GenerationResult(
+        texts=[output.text for output in outputs],
+        token_ids=[output.token_ids for output in outputs],
+        finish_reasons=[str(output.finish_reason) for output in outputs],
+        metrics=metrics,
+        lossless=lossless,
+    )
+
+
+def enable_compilation_cache() -> None:
+    """Turns jax's persistent compilation cache on, under the cache folder, unless the user has chosen one or none."""
+    if jax.config.jax_compilation_cache_dir is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))

@@ -1,0 +1,192 @@
+"""The unified step: propose, score, verify, commit. Read this file first.
+
+One round drafts up to G tokens, runs the target once over the last committed token and the drafts, keeps a prefix of
+the drafts by an acceptance rule, and commits it together with one token more (Leviathan et al. 2211.17192; Chen et al.
+2302.01318). Plain decoding is the same step with a drafter that drafts nothing.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal
+from specjax.sampling import SamplingState
+from specjax.verify import Rule, Verdict, round_uniforms
+
+RUNNING, STOP, LENGTH, ERROR = 0, 1, 2, 3
+"""Values of DecodeState.finish: not finished, a stop token, max_length reached, no finite logit."""
+
+PAD = -1
+"""Pads DecodeState.stop_tokens; no token has this id."""
+
+
+class Forward(Protocol):
+    """The target's forward pass: a window of int32[B, T] tokens at positions start .. start + T - 1, int32[B]."""
+
+    def __call__(
+        self, params: Any, tokens: jax.Array, start: jax.Array, cache: Any, taps: tuple[int, ...], with_logits: bool
+    ) -> Any: ...
+
+
+class System(NamedTuple):
+    """What is compiled into one program: all static.
+
+    Attributes:
+        forward: the target, giving logits, taps, final hidden states and the cache.
+        drafter: the drafting method.
+        rule: the acceptance rule.
+    """
+
+    forward: Forward
+    drafter: Drafter
+    rule: Rule
+
+
+class Params(NamedTuple):
+    """Weights of target and drafter, each a pytree of arrays."""
+
+    target: Any
+    drafter: Any
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """All that changes while a batch decodes. It lives on the device; rows differ only by what is indexed by B.
+
+    Invariant: the caches hold positions [0, length - 1). The last committed token is not in them yet: the next round
+    scores it together with the drafts. So full acceptance is no special case, and a rejection is only a shorter length.
+
+    Attributes:
+        Text:
+        tokens: int32[B, S], prompt and output.
+        length: int32[B], tokens committed, prompt included.
+        Limits:
+        max_length: int32[B], prompt plus max_tokens.
+        stop_tokens: int32[B, E], padded with PAD.
+        finish: int32[B], RUNNING or why the row is done. A row that is done commits nothing.
+        Randomness:
+        sampling: SamplingState.
+        Models:
+        cache: the target's cache.
+        drafter: the drafter's own state.
+        Counts:
+        num_drafted: int32[B], drafts proposed in rounds of running rows.
+        acceptance_counts: int32[B, G + 1], rounds in which so many drafts were committed.
+    """
+
+    tokens: jax.Array
+    length: jax.Array
+    max_length: jax.Array
+    stop_tokens: jax.Array
+    finish: jax.Array
+    sampling: SamplingState
+    cache: Any
+    drafter: Any
+    num_drafted: jax.Array
+    acceptance_counts: jax.Array
+
+    @property
+    def done(self) -> jax.Array:
+        """bool[B]."""
+        return self.finish != RUNNING
+
+
+class Scores(NamedTuple):
+    """The target's view of a round.
+
+    Attributes:
+        logits: float32[B, G + 1, V]; row i predicts the token after i drafts.
+        features: what the drafter may learn from.
+        cache: with the entries of the last token and the drafts behind length - 1.
+    """
+
+    logits: jax.Array
+    features: Features
+    cache: Any
+
+
+def speculative_step(system: System, params: Params, state: DecodeState) -> DecodeState:
+    """One round: every running row commits between 1 and G + 1 tokens."""
+    with jax.named_scope("propose"):
+        proposal, drafter = propose(system, params, state)
+    with jax.named_scope("score"):
+        scores = score(system, params, state, proposal)
+    with jax.named_scope("verify"):
+        verdict = verify(system, state, scores, proposal)
+    with jax.named_scope("commit"):
+        return commit(system, params, state.replace(drafter=drafter), scores, proposal, verdict)
+
+
+def propose(system: System, params: Params, state: DecodeState) -> tuple[Proposal, Any]:
+    """The drafter's proposal and its new state. Rows that are done propose nothing."""
+    context = Context(state.tokens, state.length, state.sampling)
+    proposal, drafter = system.drafter.propose(params.drafter, state.drafter, context)
+    return proposal._replace(tokens=jnp.where(state.done[:, None], NO_DRAFT, proposal.tokens)), drafter
+
+
+def score(system: System, params: Params, state: DecodeState, proposal: Proposal) -> Scores:
+    """The target over the last committed token and the drafts, in the narrowest window that holds every row's."""
+    start = state.length - 1
+    last = jnp.take_along_axis(state.tokens, start[:, None], axis=1)
+    window = jnp.concatenate([last, jnp.maximum(proposal.tokens, 0)], axis=1)
+
+    def at_width(width):
+        def run(cache):
+            out = system.forward(params.target, window[:, :width], start, cache, system.drafter.taps, True)
+            rest = window.shape[1] - width
+            logits, taps, final = jax.tree.map(
+                lambda x: jnp.pad(x, ((0, 0), (0, rest), (0, 0))), (out.logits, out.taps, out.final)
+            )
+            return Scores(logits, Features(window, start, taps, final), out.cache)
+
+        return run
+
+    widths = system.drafter.widths
+    narrowest = (1 + proposal.num_drafts.max() > jnp.array(widths[:-1], jnp.int32)).sum()
+    return jax.lax.switch(narrowest, [at_width(width) for width in widths], state.cache)
+
+
+def verify(system: System, state: DecodeState, scores: Scores, proposal: Proposal) -> Verdict:
+    """The acceptance rule, on random numbers that only the row's seed and the absolute positions determine."""
+    uniforms = round_uniforms(state.sampling, state.length, proposal.tokens.shape[1])
+    return system.rule(scores.logits, proposal, state.sampling, uniforms)
+
+
+def commit(
+    system: System, params: Params, state: DecodeState, scores: Scores, proposal: Proposal, verdict: Verdict
+) -> DecodeState:
+    """Appends the accepted drafts and the next token, up to a stop token or the row's limit, and keeps their entries.
+
+    A committed stop token ends the row there: drafts behind it are dropped and count as not accepted.
+    """
+    slots = jnp.arange(proposal.tokens.shape[1] + 1)
+    accepted = verdict.num_accepted[:, None]
+    drafts = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
+    new_tokens = jnp.where(slots < accepted, drafts, verdict.next_token[:, None])
+
+    stops = (new_tokens[:, :, None] == state.stop_tokens[:, None, :]).any(axis=-1) & (slots <= accepted)
+    until_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1) + 1, slots.size + 1)
+    broken = ~jnp.isfinite(scores.logits.max(axis=-1)).all(axis=1)
+    room = jnp.where(state.done | broken, 0, state.max_length - state.length)
+    num_new = jnp.minimum(jnp.minimum(verdict.num_accepted + 1, until_stop), room)
+    length = state.length + num_new
+
+    finish = jnp.where(length >= state.max_length, LENGTH, RUNNING)
+    finish = jnp.where(num_new == until_stop, STOP, finish)
+    finish = jnp.where(broken, ERROR, finish)
+    num_committed_drafts = jnp.minimum(verdict.num_accepted, num_new)
+    counted = (slots == num_committed_drafts[:, None]) & (num_new > 0)[:, None]
+
+    rows = jnp.arange(num_new.size)[:, None]
+    positions = jnp.where(slots < num_new[:, None], state.length[:, None] + slots, state.tokens.shape[1])
+    return state.replace(
+        tokens=state.tokens.at[rows, positions].set(new_tokens, mode="drop"),
+        length=length,
+        finish=jnp.where(state.done, state.finish, finish),
+        cache=scores.cache.keep(state.length - 1, num_new),
+        drafter=system.drafter.observe(params.drafter, state.drafter, scores.features, num_committed_drafts),
+        num_drafted=state.num_drafted + jnp.where(num_new > 0, proposal.num_drafts, 0),
+        acceptance_counts=state.acceptance_counts + counted,
+    )

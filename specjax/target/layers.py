@@ -1,0 +1,107 @@
+"""What a decoder layer is made of: norm, rotary positions, attention over the cache."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax import cache as kv
+from specjax.target.families import ModelConfig
+
+HIDDEN = -1e30
+"""Logit of a slot that a query may not see; finite, so that a fully hidden block stays free of NaN."""
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * scale over the last axis, computed in float32 (1910.07467)."""
+    wide = x.astype(jnp.float32)
+    normalised = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return normalised.astype(x.dtype) * scale
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
+    """Radians per position of each rotated pair, float32[H / 2], and what cos and sin are multiplied by."""
+    half = np.arange(0, config.head_dim, 2, dtype=np.float64)
+    frequencies = config.rope_theta ** (-half / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies.astype(np.float32), 1.0
+    if scaling.kind == "linear":
+        return (frequencies / scaling.factor).astype(np.float32), 1.0
+    if scaling.kind == "llama3":
+        rotations = scaling.original_max_position * frequencies / (2 * math.pi)
+        band = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = np.clip(band, 0.0, 1.0)
+        return (frequencies * (kept + (1 - kept) / scaling.factor)).astype(np.float32), 1.0
+
+    def pair_turning(rotations: float) -> float:
+        wavelength = scaling.original_max_position / (rotations * 2 * math.pi)
+        return config.head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
+
+    low, high = pair_turning(scaling.beta_fast), pair_turning(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.head_dim - 1)
+    ramp = (np.arange(config.head_dim // 2) - low) / max(high - low, 0.001)
+    kept = 1.0 - np.clip(ramp, 0.0, 1.0)
+    return (frequencies * (kept + (1 - kept) / scaling.factor)).astype(np.float32), scaling.attention_factor
+
+
+def rope(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every rotated pair, float32[B, T, 1, H / 2] each, for int32[B, T] positions."""
+    frequencies, factor = rope_frequencies(config)
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates pairs (i, i + H/2) of the last axis of dtype[B, T, heads, H] (2104.09864)."""
+    cos, sin = cos_sin
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attend(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array, sliding_window: int | None
+) -> jax.Array:
+    """Attention of a window over the cache that already holds it, block by block with an online softmax (1805.02867).
+
+    Only blocks that some row can see are read: the trip count follows the longest live context, not the capacity.
+
+    Args:
+        queries: dtype[B, T, K, N / K, H], already scaled by 1 / sqrt(H).
+        keys, values: dtype[B, K, S, H].
+        start: int32[B], position of the window's first query.
+        sliding_window: None, or how many positions back a query sees.
+
+    Returns:
+        dtype[B, T, N * H].
+    """
+    B, T, K, Q, H = queries.shape
+    positions = start[:, None] + jnp.arange(T)
+    stacked = queries.transpose(0, 2, 3, 1, 4).reshape(B, K, Q * T, H)
+
+    def block(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        peak, total, mixed = carry
+        offset = index * kv.BLOCK
+        block_keys = jax.lax.dynamic_slice_in_dim(keys, offset, kv.BLOCK, axis=2)
+        block_values = jax.lax.dynamic_slice_in_dim(values, offset, kv.BLOCK, axis=2)
+        logits = jnp.einsum("bkqh,bksh->bkqs", stacked, block_keys, preferred_element_type=jnp.float32)
+        mask = kv.visible(positions, offset + jnp.arange(kv.BLOCK), sliding_window)
+        mask = jnp.broadcast_to(mask[:, None, None], (B, 1, Q, T, kv.BLOCK)).reshape(B, 1, Q * T, kv.BLOCK)
+        logits = jnp.where(mask, logits, HIDDEN)
+        new_peak = jnp.maximum(peak, logits.max(axis=-1))
+        weights = jnp.where(mask, jnp.exp(logits - new_peak[..., None]), 0.0)
+        decay = jnp.exp(peak - new_peak)
+        update = jnp.einsum(
+            "bkqs,bksh->bkqh", weights.astype(values.dtype), block_values, preferred_element_type=jnp.float32
+        )
+        return new_peak, total * decay + weights.sum(axis=-1), mixed * decay[..., None] + update
+
+    first = 0 if sliding_window is None else jnp.maximum(jnp.min(start) - sliding_window + 1, 0) // kv.BLOCK
+    last = (jnp.max(start) + T + kv.BLOCK - 1) // kv.BLOCK
+    empty = jnp.full((B, K, Q * T), HIDDEN), jnp.zeros((B, K, Q * T)), jnp.zeros((B, K, Q * T, H))
+    _, total, mixed = jax.lax.fori_loop(first, last, block, empty)
+    out = (mixed / total[..., None]).astype(queries.dtype)
+    return out.reshape(B, K, Q, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, K * Q * H)

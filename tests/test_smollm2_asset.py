@@ -1,0 +1,79 @@
+"""The real SmolLM2-135M-Instruct asset: fetched, converted, and compared with llama.cpp and transformers."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from specjax.checkpoints.pretrained import ASSETS, fetch_gguf, resolve
+from specjax.tokenizer import encode_prompt, load_tokenizer, stop_token_ids
+
+pytestmark = pytest.mark.slow
+
+TOKEN_IDS = Path(__file__).parent / "data" / "smollm2_token_ids.jsonl"
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    return resolve("smollm2-135m-instruct")
+
+
+def test_all_texts_tokenise_as_in_llama_cpp(smollm2_dir):
+    tokenizer = load_tokenizer(smollm2_dir)
+    rows = [json.loads(line) for line in TOKEN_IDS.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 160
+    assert [row["text"] for row in rows if encode_prompt(tokenizer, row["text"], chat=False) != row["ids"]] == []
+
+
+def test_config_holds_the_published_sizes(smollm2_dir):
+    config = json.loads((smollm2_dir / "config.json").read_text())
+    names = "num_hidden_layers hidden_size num_attention_heads num_key_value_heads intermediate_size vocab_size".split()
+    assert [config[name] for name in names] == [30, 576, 9, 3, 1536, 49152]
+
+
+def test_generation_stops_at_the_end_of_turn(smollm2_dir):
+    tokenizer = load_tokenizer(smollm2_dir)
+    assert stop_token_ids(smollm2_dir, tokenizer) == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+
+
+@pytest.fixture(scope="module")
+def gguf_path(tmp_path_factory) -> Path:
+    """The original GGUF file, obtained anew: the cache holds the conversion only."""
+    return fetch_gguf(ASSETS["smollm2-135m-instruct"], tmp_path_factory.mktemp("gguf"))
+
+
+@pytest.fixture(scope="module")
+def transformers_tensors(gguf_path, smollm2_dir):
+    """Hugging Face's names -> arrays, as transformers itself converts the GGUF file."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    # from_pretrained(gguf_file=...) does the same but asks for the accelerate package.
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(smollm2_dir))
+    loaded = load_gguf_checkpoint(gguf_path, return_tensors=True, model_to_load=model)
+    return {name: tensor.numpy() for name, tensor in loaded["tensors"].items()}
+
+
+def test_every_tensor_equals_transformers_own_conversion(smollm2_dir, transformers_tensors):
+    with safe_open(smollm2_dir / "model.safetensors", framework="numpy") as ours:
+        assert set(ours.keys()) == set(transformers_tensors)
+        for name in ours.keys():
+            np.testing.assert_allclose(
+                ours.get_tensor(name), transformers_tensors[name], rtol=1e-6, atol=0, err_msg=name
+            )
+
+
+def test_q_rows_are_not_left_in_the_order_of_the_gguf_file(smollm2_dir, gguf_path):
+    gguf = pytest.importorskip("gguf")
+    stored = next(tensor for tensor in gguf.GGUFReader(gguf_path).tensors if tensor.name == "blk.0.attn_q.weight")
+    rows = gguf.quants.dequantize(stored.data, stored.tensor_type)
+    with safe_open(smollm2_dir / "model.safetensors", framework="numpy") as ours:
+        converted = ours.get_tensor("model.layers.0.self_attn.q_proj.weight")
+    assert not np.array_equal(converted, rows)
+    # Within a head of 64, the rows of the first rotary half stand at the even places of the file.
+    np.testing.assert_array_equal(converted[:32], rows[0:64:2])
+    np.testing.assert_array_equal(converted[32:64], rows[1:64:2])
