@@ -1,7 +1,7 @@
 """SpecJAX: speculative decoding in JAX, drafter and target in one compiled step.
 
-Dimension key, the same everywhere: B batch, T tokens in this forward, S cache capacity, G drafts, V vocabulary, D width,
-L layers, N query heads, K KV heads, H head width, F MLP width.
+Dimension key, the same everywhere: B batch, T tokens in this forward, S cache capacity, G drafts, V vocabulary, D
+width, L layers, N query heads, K KV heads, H head width, F MLP width.
 """
 
 from specjax.checkpoints.load import Target, load_target

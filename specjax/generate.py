@@ -226,6 +226,7 @@ class SpeculativeDecoder:
         prompts: str | Sequence[Any],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         chat: bool = True,
+        min_capacity: int = 0,
     ) -> GenerationResult:
         """Decodes prompts to their end.
 
@@ -233,6 +234,7 @@ class SpeculativeDecoder:
             prompts: one text, or a list whose items are texts, chat messages ([{"role", "content"}, ...]) or token ids.
             sampling_params: one for all prompts or one each; None is greedy.
             chat: put texts through the tokenizer's chat template.
+            min_capacity: cache positions to reserve at least, so that calls of different length share one program.
 
         Raises:
             SpecJAXError: an empty or over-long prompt, parameters that don't fit; names the prompt.
@@ -241,7 +243,7 @@ class SpeculativeDecoder:
         outputs: list[_Output] = []
         metrics: Metrics | None = None
         for first in range(0, len(requests), self.max_batch_size):
-            batch = _Batch(self, requests[first : first + self.max_batch_size])
+            batch = _Batch(self, requests[first : first + self.max_batch_size], min_capacity)
             for _ in batch.run(looks=any(request.params.stop for request in batch.requests)):
                 pass
             outputs += batch.outputs()
@@ -264,7 +266,7 @@ class SpeculativeDecoder:
             raise SpecJAXError(
                 f"prompts: {len(requests)} to stream; expected at most max_batch_size={self.max_batch_size}."
             )
-        return Stream(_Batch(self, requests), RULES[self.rule_name].lossless)
+        return Stream(_Batch(self, requests, min_capacity=0), RULES[self.rule_name].lossless)
 
     def _requests(self, prompts, sampling_params, chat) -> list["_Request"]:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -293,8 +295,8 @@ class SpeculativeDecoder:
         longest = self.target.config.max_position - 1
         if len(tokens) > longest:
             raise SpecJAXError(
-                f"prompts[{index}]: has {len(tokens)} tokens; expected at most {longest}, the target's context less one "
-                "token of output. Shorten it."
+                f"prompts[{index}]: has {len(tokens)} tokens; expected at most {longest}, the target's context less "
+                "one token of output. Shorten it."
             )
         if RULES[self.rule_name].greedy_only and not params.greedy:
             raise ConfigError(
@@ -357,9 +359,10 @@ class Stream:
 class _Batch:
     """Requests that decode side by side, from prompt to output."""
 
-    def __init__(self, owner: SpeculativeDecoder, requests: list[_Request]):
+    def __init__(self, owner: SpeculativeDecoder, requests: list[_Request], min_capacity: int):
         self.owner = owner
         self.requests = requests
+        self.min_capacity = min_capacity
         self.batch = min(owner.max_batch_size, 1 << (len(requests) - 1).bit_length())
         self.seconds = {"prefill": 0.0, "first_round": 0.0, "decode": 0.0}
         self.compile_seconds = 0.0
@@ -407,7 +410,8 @@ class _Batch:
         drafter = self.owner.programs.system.drafter
         longest = max(min(len(r.tokens) + r.params.max_tokens, context) for r in self.requests)
         prefilled = sum(windows[-1]) if windows else 0
-        capacity = kv.round_capacity(max(longest + drafter.num_speculative_tokens + drafter.slack, prefilled))
+        written = longest + drafter.num_speculative_tokens + drafter.slack
+        capacity = kv.round_capacity(max(written, prefilled, self.min_capacity))
         num_stops = max(len(request.stop_tokens) for request in self.requests)
         num_stops = -(-max(num_stops, 1) // STOP_TOKENS_MULTIPLE) * STOP_TOKENS_MULTIPLE
         rows = {
@@ -545,5 +549,5 @@ def _result(outputs: list[_Output], metrics: Metrics, lossless: bool) -> Generat
 
 def enable_compilation_cache() -> None:
     """Turns jax's persistent compilation cache on, under the cache folder, unless the user has chosen one or none."""
-    if jax.config.jax_compilation_cache_dir is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))

@@ -51,8 +51,7 @@ class Params(NamedTuple):
     drafter: Any
 
 
-@flax.struct.dataclass
-class DecodeState:
+class DecodeState(flax.struct.PyTreeNode):
     """All that changes while a batch decodes. It lives on the device; rows differ only by what is indexed by B.
 
     Invariant: the caches hold positions [0, length - 1). The last committed token is not in them yet: the next round

@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 
 from specjax.drafters.base import NO_DRAFT, Proposal
-from specjax.sampling import ACCEPT, RECOVER, SamplingState, draw, probabilities_at, probability_of, truncate, uniforms_at
+from specjax.sampling import (
+    ACCEPT,
+    RECOVER,
+    SamplingState,
+    draw,
+    probabilities_at,
+    probability_of,
+    truncate,
+    uniforms_at,
+)
 
 
 class Uniforms(NamedTuple):

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ SEAM = make_goldens.LENGTH // 2
 """Where the second of two equally long windows starts; it crosses from the first cache block into the second."""
 TAPS = (0, 1, tiny.NUM_LAYERS)
 TOLERANCE = 1e-4
-"""Two float32 implementations; measured are up to 2e-5 on logits of standard deviation 1.5."""
+"""Two float32 implementations; measured are up to 3e-5 on logits of standard deviation 1.2."""
 
 WITH_WINDOWS = ["llama-untied", "mistral-window-head-dim", "qwen2-layer-types"]
 
@@ -90,8 +91,6 @@ def test_rows_whose_windows_start_at_their_own_offsets_give_the_stored_logits(ca
         np.testing.assert_allclose(found, goldens[case][row, kept], rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
-@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_logits_and_hidden_states_equal_those_of_transformers(case, directories, tokens):
     torch = pytest.importorskip("torch")
@@ -174,7 +173,7 @@ def test_attention_in_blocks_equals_attention_written_out_densely(sliding_window
     queries = random.standard_normal((B, T, K, Q, H)).astype(np.float32)
     keys, values = random.standard_normal((2, B, K, S, H)).astype(np.float32)
     start = np.array([0, 254, 395], np.int32)
-    found = layers.attend(*(jnp.asarray(x) for x in (queries, keys, values, start)), sliding_window)
+    found = jax.jit(layers.attend, static_argnums=4)(queries, keys, values, start, sliding_window)
     expected = np.zeros((B, T, K, Q, H))
     for b, t, k, q in np.ndindex(B, T, K, Q):
         position = start[b] + t
@@ -193,7 +192,7 @@ def test_every_weight_has_one_logical_axis_for_each_dimension(case):
     assert num_axes == jax.tree.map(lambda x: x.ndim, shapes)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "another family": ("llama-tied", {"model_type": "gemma"}, "model_type='gemma'"),
     "no family": ("llama-tied", {"model_type": None}, "model_type=None"),
     "another activation": ("llama-tied", {"hidden_act": "gelu"}, "hidden_act='gelu'"),

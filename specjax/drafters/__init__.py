@@ -37,8 +37,9 @@ def draft_model_for(draft: Target, target: Target, config: SpeculativeConfig) ->
     """The draft_model drafter from a model that is already loaded."""
     if draft.config.vocab_size != target.config.vocab_size:
         raise ConfigError(
-            f"SpeculativeConfig.model={draft.name!r}: its vocabulary has {draft.config.vocab_size} tokens, the target's "
-            f"{target.config.vocab_size}; expected the same vocabulary, so choose a draft model of the target's family."
+            f"SpeculativeConfig.model={draft.name!r}: its vocabulary has {draft.config.vocab_size} tokens, the "
+            f"target's {target.config.vocab_size}; expected the same vocabulary, so choose a draft model of "
+            "the target's family."
         )
     longest = min(draft.config.max_position, target.config.max_position)
     limit = config.max_model_len

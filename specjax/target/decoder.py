@@ -23,7 +23,7 @@ class TargetOutput(NamedTuple):
         cache: the cache with the window's entries written at start.
     """
 
-    logits: jax.Array | None
+    logits: Any
     taps: tuple[jax.Array, ...]
     final: jax.Array
     cache: kv.KVCache

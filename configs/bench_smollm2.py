@@ -1,0 +1,42 @@
+"""The speed claims of the README, on SmolLM2-135M-Instruct: greedy, float32, batch 1 unless a row says otherwise.
+
+Command:   specjax benchmark --config=configs/bench_smollm2.py --workdir=DIR   (pip install -e ".[compare]" for torch)
+Minutes:   TODO_MINUTES
+Expected:  TODO_EXPECTED
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """See the module's docstring."""
+    config = ConfigDict()
+    # A named asset, a Hugging Face directory or hub id, or a GGUF file.
+    config.target = "smollm2-135m-instruct"
+    # float32, bfloat16 or float16; empty for float32 on CPU and bfloat16 on accelerators.
+    config.dtype = "float32"
+    # built_in, or a JSONL file of {"id", "category", "turns": [text, ...]}.
+    config.prompts = "built_in"
+    # Use only so many prompts; 0 for all.
+    config.num_prompts = 0
+    # New tokens a prompt.
+    config.max_tokens = 128
+    # Times that everything is measured, interleaved; the fastest counts.
+    config.repeats = 3
+    # Rows side by side in the batch measurement, all of the same prompt.
+    config.batch = 8
+    # Positions in the cache when a step's time is measured, and the two cache capacities compared.
+    config.step_context = 200
+    config.capacities = (512, 2048)
+    # Name -> fields of SpeculativeConfig, each measured against plain decoding.
+    config.methods = ConfigDict(
+        {
+            "ngram": {
+                "method": "ngram",
+                "num_speculative_tokens": 4,
+                "prompt_lookup_min": 2,
+                "prompt_lookup_max": 4,
+            },
+        }
+    )
+    return config

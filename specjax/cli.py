@@ -1,0 +1,200 @@
+"""The specjax command: generate and evaluate, each driven by a config file."""
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from specjax.errors import ConfigError, SpecJAXError
+
+USAGE = """usage: specjax COMMAND --config=FILE [--config.FIELD=VALUE ...] [options]
+
+commands:
+  generate   stream the answer to one prompt        specjax generate --config=generate_smollm2 --prompt "Hello"
+  evaluate   measure methods against plain decoding  specjax evaluate --config=eval_smollm2 --workdir=DIR
+  benchmark  measure the project's speed claims      specjax benchmark --config=bench_smollm2 --workdir=DIR
+
+A config is a Python file with get_config(); those that come with SpecJAX can be named without path and ending.
+specjax COMMAND --help lists the options of a command.
+"""
+
+INTERRUPTED = 130
+FAILED = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns the exit code: 0, 2 after an error that a message explains, 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if arguments else FAILED
+    command = COMMANDS.get(arguments[0])
+    try:
+        if command is None:
+            raise ConfigError(f"command={arguments[0]!r}: expected one of {', '.join(COMMANDS)}; see specjax --help.")
+        return command(arguments[1:])
+    except SpecJAXError as error:
+        print(f"specjax: error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("\nspecjax: interrupted; what was measured so far is on disk.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run_generate(arguments: list[str]) -> int:
+    """Streams one answer to standard output, and the numbers to standard error."""
+    config, flags = parse("generate", arguments, {"prompt": "The text to answer. Required."})
+    if config is None:
+        return 0
+    prompt = flags["prompt"]
+    if prompt is None:
+        raise ConfigError('--prompt: is missing; expected a text, such as --prompt "Name three primary colours."')
+    from specjax.checkpoints.load import load_target
+    from specjax.config import SamplingParams, SpeculativeConfig
+    from specjax.evaluate.run import plain_dict
+    from specjax.generate import SpeculativeDecoder
+
+    sampling = SamplingParams.model_validate(plain_dict(config.sampling))
+    method = SpeculativeConfig.model_validate(plain_dict(config.speculative)) if config.speculative.method else None
+    target = load_target(config.target, dtype=config.dtype or None)
+    stream = SpeculativeDecoder(target, method, max_batch_size=1).stream([prompt], sampling, chat=config.chat)
+    for chunk in stream:
+        print(chunk.text, end="", flush=True)
+    print()
+    result = stream.result
+    assert result is not None  # the iterator is exhausted
+    metrics = result.metrics
+    drafts = f"{metrics.accepted} of {metrics.drafted} drafts accepted, " if method else ""
+    print(
+        f"[{metrics.num_tokens} tokens, {metrics.tokens_per_second:.1f} tokens/s, {metrics.acceptance_length:.2f} "
+        f"tokens a round, {drafts}first token after {metrics.time_to_first_token:.2f} s, compiled in "
+        f"{metrics.compile_seconds:.1f} s]",
+        file=sys.stderr,
+    )
+    if result.finish_reasons == ["error"]:
+        raise SpecJAXError(
+            f"target={config.target!r}: gave logits that are not finite (NaN); expected numbers. The checkpoint may be "
+            "damaged, or dtype too narrow: try --config.dtype=float32."
+        )
+    return 0
+
+
+def run_evaluate(arguments: list[str]) -> int:
+    """Decodes prompts plainly and with each method, and writes results.jsonl and summary.json."""
+    return _measure("evaluate", arguments)
+
+
+def run_benchmark(arguments: list[str]) -> int:
+    """Measures what the README claims of speed, and writes benchmark.json."""
+    return _measure("benchmark", arguments)
+
+
+def _measure(command: str, arguments: list[str]) -> int:
+    config, flags = parse(command, arguments, {"workdir": "The folder for results. Required."})
+    if config is None:
+        return 0
+    if not flags["workdir"]:
+        raise ConfigError("--workdir: is missing; expected a folder for the results, such as --workdir=workdir/eval")
+    from specjax.evaluate import benchmark, report, run
+
+    with report.progress() as advance:
+        if command == "evaluate":
+            text = report.summary_table(run.evaluate(config, flags["workdir"], advance))
+        else:
+            text = report.benchmark_table(benchmark.benchmark(config, flags["workdir"], advance))
+    print(text)
+    print(f"written to {flags['workdir']}")
+    return 0
+
+
+def parse(command: str, arguments: list[str], options: dict[str, str]) -> tuple[Any, dict[str, str | None]]:
+    """Reads --config, --config.FIELD=VALUE and a command's text options.
+
+    Returns:
+        The locked config and the options' values; (None, {}) where --help was asked for and printed.
+
+    Raises:
+        ConfigError: an unknown option or field, a value of the wrong type, or a config that can't be read.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "The experiment: a config file, or the name of a shipped one.", flag_values=values
+    )
+    for name, help_text in options.items():
+        flags.DEFINE_string(name, None, help_text, flag_values=values)
+    if any(argument in ("-h", "--help") for argument in arguments):
+        shown = "\n".join(f"  --{name}  {text}" for name, text in options.items())
+        print(f"usage: specjax {command} --config=FILE [--config.FIELD=VALUE ...]\n\noptions:\n{shown}\n")
+        print(f"shipped configs: {', '.join(shipped_configs())}")
+        print("The fields of a config are explained in its file.")
+        return None, {}
+    try:
+        rest = values([command, *resolve_config_argument(arguments)])
+    except SpecJAXError:
+        raise
+    except Exception as error:  # the config file is a program of the user's, and absl raises many kinds
+        raise ConfigError(f"{' '.join(arguments)}: {_first_line(error)}") from error
+    if rest[1:]:
+        raise ConfigError(f"argument {rest[1]!r}: expected only --NAME=VALUE options; see specjax {command} --help.")
+    if values.config is None:
+        raise ConfigError(f"--config: is missing; expected a file, or one of {', '.join(shipped_configs())}.")
+    return values.config, {name: values[name].value for name in options}
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configs that come with SpecJAX."""
+    folder = resources.files("specjax.configs")
+    return sorted(
+        item.name.removesuffix(".py")
+        for item in folder.iterdir()
+        if item.name.endswith(".py") and not item.name.startswith("_")
+    )
+
+
+def resolve_config_argument(arguments: list[str]) -> list[str]:
+    """Puts the full path of a shipped config in the place of its name."""
+    resolved = []
+    expects_name = False
+    for argument in arguments:
+        if expects_name:
+            argument, expects_name = config_path(argument), False
+        elif argument in ("--config", "-config"):
+            expects_name = True
+        elif argument.startswith(("--config=", "-config=")):
+            flag, name = argument.split("=", 1)
+            argument = f"{flag}={config_path(name)}"
+        resolved.append(argument)
+    return resolved
+
+
+def config_path(name: str) -> str:
+    """The file that a --config value means: a path, or a shipped config with or without folder and ending.
+
+    Raises:
+        ConfigError: neither.
+    """
+    if Path(name).is_file():
+        return name
+    stem = Path(name).name.removesuffix(".py")
+    if stem in shipped_configs() and Path(name).parent.as_posix() in (".", "configs"):
+        return str(resources.files("specjax.configs").joinpath(f"{stem}.py"))
+    raise ConfigError(f"--config={name!r}: no such file; expected a path or one of {', '.join(shipped_configs())}.")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "generate": run_generate,
+    "evaluate": run_evaluate,
+    "benchmark": run_benchmark,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

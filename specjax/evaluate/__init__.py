@@ -1,0 +1,1 @@
+"""Measuring: prompts, runs, comparisons, reports."""

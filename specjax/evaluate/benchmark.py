@@ -1,0 +1,181 @@
+"""What the README claims of speed, measured: ratios within one run, best of several interleaved repeats."""
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from specjax import cache as kv
+from specjax.checkpoints import pretrained
+from specjax.checkpoints.load import Target, load_target
+from specjax.config import SamplingParams, SpeculativeConfig
+from specjax.evaluate import compare
+from specjax.evaluate.prompts import load_prompts
+from specjax.evaluate.run import device_name, plain_dict, prepare_workdir, write_json
+from specjax.generate import SpeculativeDecoder
+from specjax.target import decoder
+from specjax.tokenizer import encode_prompt
+
+BARE_STEPS = 32
+"""Steps of a bare compiled step that are timed together."""
+
+
+def benchmark(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any = None) -> dict[str, Any]:
+    """Measures what configs/bench_smollm2.py describes and writes benchmark.json into workdir.
+
+    Every system decodes every prompt once a repeat, one after the other, so that a slow minute of the machine hits all
+    of them; each one's fastest repeat of each prompt counts.
+
+    Args:
+        config: see configs/bench_smollm2.py.
+        progress: called with (done, total, description) after each measurement.
+    """
+    prepare_workdir(Path(workdir))
+    target = load_target(config.target, dtype=config.dtype or None)
+    prompts = [prompt.text for prompt in load_prompts(config.prompts, config.num_prompts)]
+    systems = _decoding_systems(config, target)
+    steps = _step_systems(config, target)
+    seconds: dict[str, dict[Any, float]] = {name: {} for name in [*systems, *steps]}
+    tokens: dict[str, dict[Any, int]] = {name: {} for name in systems}
+    total, done = config.repeats * (len(prompts) * len(systems) + len(steps)), 0
+
+    def keep(name: str, key: Any, measured: float) -> None:
+        nonlocal done
+        seconds[name][key] = min(measured, seconds[name].get(key, float("inf")))
+        done += 1
+        if progress:
+            progress(done, total, name)
+
+    for run in [*systems.values()]:
+        run(prompts[0])  # warm-up
+    for _ in range(config.repeats):
+        for index, prompt in enumerate(prompts):
+            for name, run in systems.items():
+                num_tokens, spent = run(prompt)
+                tokens[name][index] = num_tokens
+                keep(name, index, spent)
+        for name, step in steps.items():
+            keep(name, 0, step())
+
+    rates = {name: sum(tokens[name].values()) / sum(seconds[name].values()) for name in systems}
+    step_ms = {name: 1e3 * seconds[name][0] for name in steps}
+    results = {
+        "target": config.target,
+        "dtype": str(target.dtype),
+        "device": device_name(),
+        "prompts": len(prompts),
+        "max_tokens": config.max_tokens,
+        "repeats": config.repeats,
+        "tokens_per_second": rates,
+        "step_milliseconds": step_ms,
+        "rows": _rows(rates, step_ms, config),
+    }
+    write_json(Path(workdir) / "benchmark.json", results)
+    return results
+
+
+def _decoding_systems(config: ConfigDict, target: Target) -> dict[str, Callable[[str], tuple[int, float]]]:
+    """Name -> prompt -> (tokens, seconds of decoding)."""
+    sampling = SamplingParams(max_tokens=config.max_tokens)
+
+    def ours(method: SpeculativeConfig | None, batch: int) -> Callable[[str], tuple[int, float]]:
+        system = SpeculativeDecoder(target, method, max_batch_size=batch)
+
+        def run(prompt: str) -> tuple[int, float]:
+            metrics = system.generate([prompt] * batch, sampling).metrics
+            return metrics.num_tokens, metrics.decode_seconds
+
+        return run
+
+    systems = {"plain": ours(None, 1)}
+    for name, fields in config.methods.items():
+        systems[name] = ours(SpeculativeConfig.model_validate(plain_dict(fields)), 1)
+    systems[f"plain, batch {config.batch}"] = ours(None, config.batch)
+    other = compare.transformers_generate(pretrained.resolve(config.target), config.max_tokens)
+    if other is not None:
+
+        def transformers(prompt: str) -> tuple[int, float]:
+            output, spent = other(encode_prompt(target.tokenizer, prompt, chat=True))
+            return len(output) - 1, spent
+
+        systems["transformers"] = transformers
+    return systems
+
+
+def _step_systems(config: ConfigDict, target: Target) -> dict[str, Callable[[], float]]:
+    """Name -> seconds of one plain step at equal context: a bare compiled one, and inside the loop by capacity."""
+    context = config.step_context
+    prompt = (np.arange(context) % 1000 + 100).tolist()
+
+    def bare(capacity: int) -> Callable[[], float]:
+        @functools.partial(jax.jit, donate_argnums=2)
+        def step(params: Any, token: jax.Array, cache: kv.KVCache, position: jax.Array) -> Any:
+            out = decoder.apply(target.config, params, token, position, cache)
+            return jnp.argmax(out.logits[:, -1:], axis=-1).astype(jnp.int32), out.cache, position + 1
+
+        def run() -> float:
+            cache = decoder.init_cache(target.config, 1, capacity, target.dtype)
+            token, position = jnp.ones((1, 1), jnp.int32), jnp.full(1, context, jnp.int32)
+            token, cache, position = jax.block_until_ready(step(target.params, token, cache, position))
+            began = time.perf_counter()
+            for _ in range(BARE_STEPS):
+                token, cache, position = step(target.params, token, cache, position)
+            jax.block_until_ready(token)
+            return (time.perf_counter() - began) / BARE_STEPS
+
+        return run
+
+    def loop(capacity: int) -> Callable[[], float]:
+        system = SpeculativeDecoder(target, None, max_batch_size=1)
+        sampling = SamplingParams(max_tokens=BARE_STEPS + 1, ignore_eos=True)
+
+        def run() -> float:
+            metrics = system.generate([prompt], sampling, min_capacity=capacity).metrics
+            return (metrics.decode_seconds - metrics.first_round_seconds) / BARE_STEPS
+
+        return run
+
+    small, large = config.capacities
+    steps = {"bare step": bare(small), f"loop, capacity {small}": loop(small), f"loop, capacity {large}": loop(large)}
+    for step in steps.values():
+        step()  # warm-up
+    return steps
+
+
+def _rows(rates: dict[str, float], step_ms: dict[str, float], config: ConfigDict) -> list[dict[str, Any]]:
+    """One row a claim."""
+    plain = rates["plain"]
+    small, large = (step_ms[f"loop, capacity {capacity}"] for capacity in config.capacities)
+    other = rates.get("transformers")
+    batched = rates[f"plain, batch {config.batch}"]
+
+    def row(claim: str, measured: str, ratio: float | None, goal: str) -> dict[str, Any]:
+        return {"claim": claim, "measured": measured, "ratio": ratio, "goal": goal}
+
+    rows = [
+        row(
+            "plain decoding over transformers",
+            f"{plain:.1f} / {other:.1f} tokens/s" if other else "torch is not installed",
+            plain / other if other else None,
+            ">= 2.0",
+        )
+    ]
+    rows += [
+        row(f"{name} over plain decoding", f"{rates[name]:.1f} / {plain:.1f} tokens/s", rates[name] / plain, ">= 1.25")
+        for name in config.methods
+    ]
+    rows.append(
+        row(f"batch {config.batch} over batch 1", f"{batched:.1f} / {plain:.1f} tokens/s", batched / plain, ">= 3.0")
+    )
+    bare = step_ms["bare step"]
+    rows.append(row("a step in the loop over a bare step", f"{small:.2f} / {bare:.2f} ms", small / bare, "<= 1.05"))
+    names = f"capacity {config.capacities[1]} over {config.capacities[0]}, equal context"
+    rows.append(row(names, f"{large:.2f} / {small:.2f} ms", large / small, "<= 1.10"))
+    return rows

@@ -1,0 +1,71 @@
+"""Prompt sets: the built-in one, and JSONL files of the same schema."""
+
+import dataclasses
+import json
+from importlib import resources
+from pathlib import Path
+
+from specjax.errors import SpecJAXError
+
+BUILT_IN = "built_in"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        id: unique in its set.
+        category: kind of task.
+        text: the first user turn.
+    """
+
+    id: str
+    category: str
+    text: str
+
+
+def load_prompts(name_or_path: str, num_prompts: int = 0) -> list[Prompt]:
+    """The built-in set, or a file of {"id", "category", "turns": [text, ...]} lines; num_prompts 0 takes all.
+
+    Raises:
+        SpecJAXError: no such file, or a line that isn't such an object; names the line.
+    """
+    if num_prompts < 0:
+        raise SpecJAXError(f"num_prompts={num_prompts}: expected 0 (all) or a positive number.")
+    if name_or_path == BUILT_IN:
+        text = resources.files("specjax.evaluate").joinpath("prompts/built_in.jsonl").read_text(encoding="utf-8")
+    else:
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise SpecJAXError(
+                f"prompts={name_or_path!r}: is no file; expected {BUILT_IN!r} or the path of a JSONL file."
+            )
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise SpecJAXError(
+                f"prompts={name_or_path!r}: is not UTF-8 text ({error}); expected a JSONL file."
+            ) from error
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    prompts = [_parse(f"{name_or_path}:{number}", line) for number, line in lines]
+    if not prompts:
+        raise SpecJAXError(f"prompts={name_or_path!r}: holds no prompts; expected at least one line.")
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise SpecJAXError(f"prompts={name_or_path!r}: id {prompt.id!r} occurs twice; expected unique ids.")
+        seen.add(prompt.id)
+    return prompts[:num_prompts] if num_prompts else prompts
+
+
+def _parse(where: str, line: str) -> Prompt:
+    expected = 'expected {"id": str, "category": str, "turns": [str, ...]}'
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SpecJAXError(f"{where}: is not JSON ({error}); {expected}.") from error
+    turns = record.get("turns") if isinstance(record, dict) else None
+    if not isinstance(turns, list) or not turns or not isinstance(turns[0], str) or not turns[0] or "id" not in record:
+        raise SpecJAXError(f"{where}: {line[:80]!r}; {expected}.")
+    return Prompt(str(record["id"]), str(record.get("category", "")), turns[0])
