@@ -92,7 +92,8 @@ def attend(
         mask = jnp.broadcast_to(mask[:, None, None], (B, 1, Q, T, kv.BLOCK)).reshape(B, 1, Q * T, kv.BLOCK)
         logits = jnp.where(mask, logits, HIDDEN)
         new_peak = jnp.maximum(peak, logits.max(axis=-1))
-        weights = jnp.where(mask, jnp.exp(logits - new_peak[..., None]), 0.0)
+        # A block that a query sees nothing of weighs exp(0) each until the first visible slot, whose decay is then 0.
+        weights = jnp.exp(logits - new_peak[..., None])
         decay = jnp.exp(peak - new_peak)
         update = jnp.einsum(
             "bkqs,bksh->bkqh", weights.astype(values.dtype), block_values, preferred_element_type=jnp.float32
