@@ -33,9 +33,9 @@ def get_config() -> ConfigDict:
         {
             "ngram": {
                 "method": "ngram",
-                "num_speculative_tokens": 4,
-                "prompt_lookup_min": 2,
-                "prompt_lookup_max": 4,
+                "num_speculative_tokens": 6,
+                "prompt_lookup_min": 3,
+                "prompt_lookup_max": 5,
             },
         }
     )

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.chat = True
     # Fields of SpeculativeConfig; --config.speculative.method="" decodes plainly.
     config.speculative = ConfigDict(
-        {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
+        {"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_min": 3, "prompt_lookup_max": 5}
     )
     # Fields of SamplingParams; temperature 0 is greedy, top_k 0, top_p 1 and min_p 0 are off.
     config.sampling = ConfigDict(

@@ -11,6 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from specjax.control import switch_in_place
 from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal
 from specjax.sampling import SamplingState
 from specjax.verify import Rule, Verdict, round_uniforms
@@ -131,20 +132,25 @@ def score(system: System, params: Params, state: DecodeState, proposal: Proposal
     last = jnp.take_along_axis(state.tokens, start[:, None], axis=1)
     window = jnp.concatenate([last, jnp.maximum(proposal.tokens, 0)], axis=1)
 
+    def outputs(width, cache):
+        out = system.forward(params.target, window[:, :width], start, cache, system.drafter.taps, True)
+        return (out.logits, out.taps, out.final), out.cache
+
     def at_width(width):
-        def run(cache):
-            out = system.forward(params.target, window[:, :width], start, cache, system.drafter.taps, True)
-            rest = window.shape[1] - width
-            logits, taps, final = jax.tree.map(
-                lambda x: jnp.pad(x, ((0, 0), (0, rest), (0, 0))), (out.logits, out.taps, out.final)
-            )
-            return Scores(logits, Features(window, start, taps, final), out.cache)
+        def run(carry):
+            whole, cache = carry
+            part, cache = outputs(width, cache)
+            return jax.tree.map(lambda rows, new: rows.at[:, :width].set(new), whole, part), cache
 
         return run
 
     widths = system.drafter.widths
     narrowest = (1 + proposal.num_drafts.max() > jnp.array(widths[:-1], jnp.int32)).sum()
-    return jax.lax.switch(narrowest, [at_width(width) for width in widths], state.cache)
+    shapes, _ = jax.eval_shape(lambda cache: outputs(widths[-1], cache), state.cache)
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    scored, cache = switch_in_place(narrowest, [at_width(width) for width in widths], (empty, state.cache))
+    logits, taps, final = scored
+    return Scores(logits, Features(window, start, taps, final), cache)
 
 
 def verify(system: System, state: DecodeState, scores: Scores, proposal: Proposal) -> Verdict:
