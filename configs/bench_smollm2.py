@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
     config.repeats = 3
     # Rows side by side in the batch measurement, all of the same prompt.
     config.batch = 8
+    # Times a repeat that the step times are measured, interleaved.
+    config.step_repeats = 5
     # Positions in the cache when a step's time is measured, and the two cache capacities compared.
     config.step_context = 200
     config.capacities = (512, 2048)

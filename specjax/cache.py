@@ -4,6 +4,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+UNROLLED_ROWS = 16
+"""Up to so many rows a write is unrolled; beyond, a loop keeps the program small."""
+
 BLOCK = 256
 """Positions that attention reads at a time; capacities are multiples of it."""
 
@@ -74,9 +77,13 @@ def write(slots: jax.Array, entries: jax.Array, start: jax.Array) -> jax.Array:
         start: int32[B].
     """
     entries = entries.swapaxes(1, 2).astype(slots.dtype)
-    for row in range(slots.shape[0]):
-        slots = jax.lax.dynamic_update_slice(slots, entries[row : row + 1], (row, 0, start[row], 0))
-    return slots
+
+    def write_row(row: jax.Array | int, slots: jax.Array) -> jax.Array:
+        entry = jax.lax.dynamic_slice_in_dim(entries, row, 1, axis=0)
+        return jax.lax.dynamic_update_slice(slots, entry, (row, 0, start[row], 0))
+
+    num_rows = slots.shape[0]
+    return jax.lax.fori_loop(0, num_rows, write_row, slots, unroll=num_rows <= UNROLLED_ROWS)
 
 
 def visible(query_positions: jax.Array, slot_positions: jax.Array, sliding_window: int | None) -> jax.Array:

@@ -401,15 +401,14 @@ class _Batch:
         with timed("first_round", "decode"):
             state = programs.decode(params, state, 1)
             self._look(state)
+        state = self._stop_at_strings(state)
         while (self.snapshot["finish"] == RUNNING).any():
             if looks:
                 yield
             with timed("decode"):
                 state = programs.decode(params, state, STREAM_ROUNDS if looks else np.iinfo(np.int32).max)
                 self._look(state)
-            if looks:
-                state = self._stop_at_strings(state)
-        self._stop_at_strings(state)
+            state = self._stop_at_strings(state)
         self.compile_seconds = programs.compile_seconds - compiled_before
         yield
 

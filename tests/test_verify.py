@@ -66,7 +66,7 @@ def test_greedy_rows_in_a_sampling_batch_decide_as_they_do_alone():
 
 @pytest.mark.exact
 def test_golden_residual_of_two_tokens():
-    """p = (.7, .3), q = (.5, .5): accepted with probability .8, and a rejection always gives token 0 (semantics 7.1)."""
+    """p = (.7, .3), q = (.5, .5): accepted with probability .8; a rejection always gives token 0."""
     logits = jnp.log(jnp.array([[[0.7, 0.3], [0.5, 0.5]]]))
     probs = jnp.array([[[0.5, 0.5]]])
     run = functools.partial(verify.residual, sampling=state_of([RowParams()]))
@@ -81,7 +81,7 @@ def test_golden_residual_of_two_tokens():
 @pytest.mark.exact
 @pytest.mark.parametrize(("num", "expected"), [(1, 0.5), (2, 0.75), (3, 0.875), (4, 0.9375)])
 def test_golden_mean_of_accepted_drafts(num, expected):
-    """p = (.7, .2, .1), q = (.2, .5, .3) at every position: E[n] of semantics.md 7.1, by exact enumeration."""
+    """p = (.7, .2, .1), q = (.2, .5, .3) at every position: E[n] by exact enumeration."""
     target, draft = np.array([0.7, 0.2, 0.1]), np.array([0.2, 0.5, 0.3])
     logits = jnp.log(jnp.asarray(np.tile(target, (1, num + 1, 1)), jnp.float32))
     mean = 0.0
@@ -172,7 +172,6 @@ def given_drafts(probs):
     """A drafter that proposes what its state holds."""
     return Drafter(
         name="given",
-        num_speculative_tokens=DRAFTS,
         parents=chain(DRAFTS),
         widths=(DRAFTS + 1,),
         init=lambda params, batch, capacity: (),

@@ -66,8 +66,7 @@ class Drafter(NamedTuple):
 
     Attributes:
         name: the method's name.
-        num_speculative_tokens: G.
-        parents: the topology of the drafts, static; parents[i] is the draft that draft i follows, -1 the last
+        parents: the topology of the G drafts, static; parents[i] is the draft that draft i follows, -1 the last
             committed token. A chain is (-1, 0, 1, ...).
         widths: window sizes that scoring is compiled for, increasing, the last one G + 1. The smallest that holds
             every row's drafts is used, so a round in which nobody drafts costs a plain step.
@@ -81,7 +80,6 @@ class Drafter(NamedTuple):
     """
 
     name: str
-    num_speculative_tokens: int
     parents: tuple[int, ...]
     widths: tuple[int, ...]
     init: Callable[[Any, int, int], Any]
@@ -90,6 +88,11 @@ class Drafter(NamedTuple):
     observe: Callable[[Any, Any, Features, jax.Array], Any] = lambda params, state, features, num_accepted: state
     taps: tuple[int, ...] = ()
     slack: int = 0
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """G."""
+        return len(self.parents)
 
 
 def chain(num_speculative_tokens: int) -> tuple[int, ...]:

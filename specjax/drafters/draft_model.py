@@ -64,7 +64,6 @@ def draft_model(
 
     return Drafter(
         name="draft_model",
-        num_speculative_tokens=G,
         parents=chain(G),
         widths=(G + 1,) if max_model_len is None else (1, G + 1),
         init=lambda params, batch, capacity: decoder.init_cache(config, batch, capacity, dtype),

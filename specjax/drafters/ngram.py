@@ -19,7 +19,6 @@ def ngram(num_speculative_tokens: int, prompt_lookup_min: int, prompt_lookup_max
 
     return Drafter(
         name="ngram",
-        num_speculative_tokens=num_speculative_tokens,
         parents=chain(num_speculative_tokens),
         widths=(1, num_speculative_tokens + 1),
         init=lambda params, batch, capacity: (),

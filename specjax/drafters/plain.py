@@ -9,7 +9,6 @@ def plain() -> Drafter:
     """The drafter that proposes nothing, G = 0."""
     return Drafter(
         name="plain",
-        num_speculative_tokens=0,
         parents=(),
         widths=(1,),
         init=lambda params, batch, capacity: (),

@@ -44,7 +44,7 @@ def benchmark(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any
     steps = _step_systems(config, target)
     seconds: dict[str, dict[Any, float]] = {name: {} for name in [*systems, *steps]}
     tokens: dict[str, dict[Any, int]] = {name: {} for name in systems}
-    total, done = config.repeats * (len(prompts) * len(systems) + len(steps)), 0
+    total, done = config.repeats * (len(prompts) * len(systems) + config.step_repeats * len(steps)), 0
 
     def keep(name: str, key: Any, measured: float) -> None:
         nonlocal done
@@ -61,8 +61,9 @@ def benchmark(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any
                 num_tokens, spent = run(prompt)
                 tokens[name][index] = num_tokens
                 keep(name, index, spent)
-        for name, step in steps.items():
-            keep(name, 0, step())
+        for _ in range(config.step_repeats):
+            for name, step in steps.items():
+                keep(name, 0, step())
 
     rates = {name: sum(tokens[name].values()) / sum(seconds[name].values()) for name in systems}
     step_ms = {name: 1e3 * seconds[name][0] for name in steps}

@@ -28,7 +28,8 @@ def summary_table(summary: dict[str, Any]) -> str:
     rows = [["plain", "", f"{baseline:.1f}", "1.00", "1.00", "", "", ""]]
     for name, row in summary["methods"].items():
         rates = " ".join(f"{rate:.2f}" for rate in row["acceptance_rate_by_position"])
-        agreement = f"{row['identical']} / {row['near_tie']} / {row['mismatch']}"
+        counts = [row["identical"], row["near_tie"], row["mismatch"]]
+        agreement = "sampled" if counts[0] is None else " / ".join(map(str, counts))
         numbers = [f"{row[key]:.2f}" for key in ("speedup", "acceptance_length", "efficiency")]
         tokens_per_second = f"{row['tokens_per_second']:.1f}"
         rows.append([name, str(row["num_speculative_tokens"]), tokens_per_second, *numbers, rates, agreement])

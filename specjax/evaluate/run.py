@@ -171,13 +171,10 @@ def summarise(
             "tokens_per_second": total.tokens_per_second,
             "speedup": speedup,
             "efficiency": speedup / total.acceptance_length,
-            "identical": 0,
-            "near_tie": 0,
-            "mismatch": 0,
         }
-        if sampling.greedy:
-            for prompt in prompts:
-                row[_agreement(target, prompt, name, results, config.repeats)] += 1
+        found = [_agreement(target, prompt, name, results, config.repeats) for prompt in prompts if sampling.greedy]
+        for kind in ("identical", "near_tie", "mismatch"):
+            row[kind] = found.count(kind) if sampling.greedy else None
         summary["methods"][name] = row
     summary["by_category"] = _by_category(prompts, [PLAIN, *methods], results, config.repeats)
     return summary

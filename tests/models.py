@@ -1,0 +1,66 @@
+"""Tiny random models for tests, with and without a tokenizer."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.checkpoints.load import Target
+from specjax.target import decoder
+from specjax.target.families import ModelConfig
+
+VOCAB = 97
+
+
+def random_target(seed: int, vocab_size: int = VOCAB, max_position: int = 512, **fields) -> Target:
+    """A two-layer model without tokenizer. Kernels are scaled up so that its choices are far apart."""
+    config = ModelConfig(
+        family="llama",
+        vocab_size=vocab_size,
+        width=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_width=48,
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+        max_position=max_position,
+        sliding_windows=(None, None),
+    )
+    params = decoder.init(config, jax.random.key(seed))
+    params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params)
+    return Target(f"random-{seed}", config, params, jnp.dtype("float32"), **fields)
+
+
+@functools.cache
+def _forward(config, capacity):
+    def run(params, tokens):
+        cache = decoder.init_cache(config, 1, capacity, jnp.float32)
+        return decoder.apply(config, params, tokens, jnp.zeros(1, jnp.int32), cache).logits
+
+    return jax.jit(run)
+
+
+def next_logits(target: Target, text, capacity: int = 256) -> np.ndarray:
+    """float32[V]: the logits behind a text, in one pass over all of it; the independent way to decode in tests."""
+    tokens = np.zeros((1, capacity), np.int32)
+    tokens[0, : len(text)] = text
+    return np.asarray(_forward(target.config, capacity)(target.params, tokens)[0, len(text) - 1])
+
+
+class LetterTokenizer:
+    """A stand-in tokenizer whose token i is one letter; enough for stop strings and streaming."""
+
+    eos_token_id = None
+    chat_template = None
+
+    def __len__(self) -> int:
+        return VOCAB
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) - 32 for letter in text]}
+
+    def decode(self, tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False) -> str:
+        return "".join(chr(token + 32) for token in tokens)

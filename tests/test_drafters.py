@@ -1,0 +1,137 @@
+"""Drafters: what n-gram lookup proposes, and that the draft model proposes what it would decode itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from laws import RowParams
+from models import next_logits, random_target
+from test_sampling import state_of
+
+from specjax.drafters.base import NO_DRAFT, Context, Features
+from specjax.drafters.draft_model import draft_model
+from specjax.drafters.ngram import lookup
+
+
+def reference_lookup(text, num, shortest, longest):
+    """Longest suffix first, then earliest occurrence; a plain loop."""
+    for size in range(min(longest, len(text) - 1), shortest - 1, -1):
+        suffix = text[len(text) - size :]
+        for begin in range(len(text) - size):
+            if text[begin : begin + size] == suffix:
+                return text[begin + size : begin + size + num]
+    return []
+
+
+def found(text, num, shortest, longest, capacity=64):
+    tokens = np.full((1, capacity), 9, np.int32)  # what stands behind the text must not matter
+    tokens[0, : len(text)] = text
+    drafts = lookup(jnp.asarray(tokens), jnp.array([len(text)]), num, shortest, longest)
+    return [token for token in np.asarray(drafts)[0].tolist() if token != NO_DRAFT]
+
+
+def test_ngram_proposes_what_followed_the_earliest_occurrence():
+    assert found([1, 2, 9, 5, 1, 2, 7, 5, 1, 2], 2, 2, 2) == [9, 5]
+
+
+def test_ngram_prefers_the_longest_suffix():
+    assert found([1, 2, 3, 9, 2, 3, 8, 1, 2, 3], 1, 1, 3) == [9]
+    assert found([2, 3, 8, 1, 2, 3, 9, 1, 2, 3], 1, 1, 3) == [9]
+
+
+def test_ngram_proposes_nothing_without_a_match():
+    assert found([1, 2, 3, 4, 5], 3, 1, 5) == []
+
+
+def test_ngram_proposes_no_more_than_the_text_holds():
+    assert found([4, 4], 5, 1, 1) == [4]
+
+
+def test_ngram_of_one_token_of_text_proposes_nothing():
+    assert found([4], 5, 1, 3) == []
+
+
+@pytest.mark.parametrize(("shortest", "longest"), [(1, 1), (1, 4), (2, 3), (3, 5), (5, 5)])
+def test_ngram_equals_a_plain_search_on_random_texts(shortest, longest):
+    rng = np.random.RandomState(shortest * 10 + longest)
+    for _ in range(60):
+        text = rng.randint(0, 3, rng.randint(1, 40)).tolist()
+        assert found(text, 4, shortest, longest) == reference_lookup(text, 4, shortest, longest), text
+
+
+def test_ngram_rows_do_not_see_each_other():
+    rows = [[1, 2, 1], [2, 2, 2, 2], [5]]
+    tokens = np.zeros((3, 16), np.int32)
+    for row, text in enumerate(rows):
+        tokens[row, : len(text)] = text
+    together = lookup(jnp.asarray(tokens), jnp.array([3, 4, 1]), 3, 1, 2)
+    for row, text in enumerate(rows):
+        assert [t for t in np.asarray(together)[row].tolist() if t != NO_DRAFT] == found(text, 3, 1, 2)
+
+
+def proposal_after(draft, texts, num, sample, params, max_model_len=None):
+    """What the draft model proposes behind texts whose prefill it has seen."""
+    drafter = draft_model(draft.config, num, jnp.float32, sample=sample, max_model_len=max_model_len)
+    tokens = np.zeros((len(texts), 256), np.int32)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text)] = text
+    tokens, start = jnp.asarray(tokens), jnp.zeros(len(texts), jnp.int32)
+    cache = drafter.init(draft.params, len(texts), 256)
+    cache = jax.jit(drafter.prefill)(draft.params, cache, Features(tokens[:, :32], start, (), tokens[:, :32, None]))
+    context = Context(tokens, jnp.array([len(text) for text in texts]), state_of(params))
+    return jax.jit(drafter.propose)(draft.params, cache, context)[0]
+
+
+def greedy_continuation(draft, text, num):
+    text = list(text)
+    for _ in range(num):
+        text.append(int(np.argmax(next_logits(draft, text))))
+    return text[-num:]
+
+
+@pytest.mark.parametrize("sample", [True, False])
+def test_greedy_rows_get_the_draft_models_own_greedy_continuation(sample):
+    draft = random_target(1)
+    texts = [[3], [5, 6], list(range(20))]
+    proposal = proposal_after(draft, texts, 3, sample, [RowParams(0.0)] * 3)
+    for row, text in enumerate(texts):
+        assert proposal.tokens[row].tolist() == greedy_continuation(draft, text, 3)
+
+
+def test_sampled_drafts_record_the_distribution_that_they_were_drawn_from():
+    draft = random_target(1)
+    params = [RowParams(1.0, top_k=5), RowParams(0.7)]
+    proposal = proposal_after(draft, [[3, 4, 5], [7, 8]], 3, True, params)
+    np.testing.assert_allclose(proposal.probs.sum(axis=-1), 1, atol=1e-5)
+    assert ((np.asarray(proposal.probs) > 0).sum(axis=-1)[0] == 5).all()
+    picked = jnp.take_along_axis(proposal.probs, proposal.tokens[..., None], axis=-1)
+    assert (picked > 0).all()
+
+
+def test_rows_beyond_max_model_len_get_no_drafts():
+    proposal = proposal_after(random_target(1), [[3] * 20, [4] * 4], 3, True, [RowParams()] * 2, max_model_len=16)
+    assert (proposal.tokens[0] == NO_DRAFT).all()
+    assert (proposal.tokens[1] != NO_DRAFT).all()
+
+
+def test_sampled_drafts_follow_the_row_and_not_the_batch():
+    draft = random_target(2)
+    texts, params = [[3, 4, 5], [7, 8]], [RowParams(1.0), RowParams(1.0)]
+    together = proposal_after(draft, texts, 4, True, params)
+    alone = proposal_after(draft, texts[:1], 4, True, params[:1])
+    assert together.tokens[0].tolist() == alone.tokens[0].tolist()
+
+
+def test_random_numbers_of_drafts_come_from_the_proposing_domain():
+    """Changing the seed changes the drafts; two positions of a row never share a number."""
+    draft = random_target(2)
+    tokens = jnp.asarray(np.full((1, 256), 3, np.int32))
+    drafter = draft_model(draft.config, 8, jnp.float32)
+    propose = jax.jit(drafter.propose)
+    outcomes = set()
+    for seed in range(5):
+        context = Context(tokens, jnp.array([4]), state_of([RowParams(1.5)], seeds=[seed]))
+        cache = drafter.init(draft.params, 1, 256)
+        outcomes.add(tuple(jax.device_get(propose(draft.params, cache, context)[0].tokens)[0].tolist()))
+    # Five sequences of 8 nearly uniform draws out of 97 tokens: odds of any two being equal are below 1e-12.
+    assert len(outcomes) == 5
