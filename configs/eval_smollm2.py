@@ -1,8 +1,8 @@
 """Plain against speculative decoding of SmolLM2-135M-Instruct on the 12 built-in prompts.
 
 Command:   specjax evaluate --config=configs/eval_smollm2.py --workdir=DIR
-Minutes:   TODO_MINUTES
-Expected:  TODO_EXPECTED
+Minutes:   6 on two cores (--config.num_prompts=2 --config.repeats=1: one).
+Expected:  ngram about 1.3 times plain decoding at 1.47 tokens a round, identical 12, mismatch 0.
 """
 
 from ml_collections import ConfigDict
@@ -17,6 +17,8 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"
     # built_in, or a JSONL file of {"id", "category", "turns": [text, ...]}; the first turn is used.
     config.prompts = "built_in"
+    # Whether prompts go through the model's chat template.
+    config.chat = True
     # Use only so many prompts; 0 for all.
     config.num_prompts = 0
     # Times that each prompt is decoded with each method; the fastest counts.

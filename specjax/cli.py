@@ -37,8 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SpecJAXError as error:
         print(f"specjax: error: {error}", file=sys.stderr)
         return FAILED
+    except OSError as error:
+        print(f"specjax: error: {error}; check the path, its permissions and the space left.", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
-        print("\nspecjax: interrupted; what was measured so far is on disk.", file=sys.stderr)
+        kept = "; the same command goes on where it stopped" if arguments[0] == "evaluate" else ""
+        print(f"\nspecjax: interrupted{kept}.", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -52,7 +56,7 @@ def run_generate(arguments: list[str]) -> int:
         raise ConfigError('--prompt: is missing; expected a text, such as --prompt "Name three primary colours."')
     from specjax.checkpoints.load import load_target
     from specjax.config import SamplingParams, SpeculativeConfig
-    from specjax.evaluate.run import plain_dict
+    from specjax.evaluate.run import check_finite, plain_dict
     from specjax.generate import SpeculativeDecoder
 
     sampling = SamplingParams.model_validate(plain_dict(config.sampling))
@@ -72,11 +76,7 @@ def run_generate(arguments: list[str]) -> int:
         f"{metrics.compile_seconds:.1f} s]",
         file=sys.stderr,
     )
-    if result.finish_reasons == ["error"]:
-        raise SpecJAXError(
-            f"target={config.target!r}: gave logits that are not finite (NaN); expected numbers. The checkpoint may be "
-            "damaged, or dtype too narrow: try --config.dtype=float32."
-        )
+    check_finite(result, config.target)
     return 0
 
 
@@ -98,13 +98,17 @@ def _measure(command: str, arguments: list[str]) -> int:
         raise ConfigError("--workdir: is missing; expected a folder for the results, such as --workdir=workdir/eval")
     from specjax.evaluate import benchmark, report, run
 
+    if command == "benchmark":
+        with report.progress() as advance:
+            results = benchmark.benchmark(config, flags["workdir"], advance)
+        print(f"{report.benchmark_table(results)}\nwritten to {flags['workdir']}")
+        return 0
     with report.progress() as advance:
-        if command == "evaluate":
-            text = report.summary_table(run.evaluate(config, flags["workdir"], advance))
-        else:
-            text = report.benchmark_table(benchmark.benchmark(config, flags["workdir"], advance))
-    print(text)
-    print(f"written to {flags['workdir']}")
+        summary = run.evaluate(config, flags["workdir"], advance)
+    print(f"{report.summary_table(summary)}\nwritten to {flags['workdir']}")
+    wrong = {name: row["mismatch"] for name, row in summary["methods"].items() if row["mismatch"]}
+    if wrong:
+        raise SpecJAXError(f"texts differ from plain decoding by more than rounding (method: prompts): {wrong}.")
     return 0
 
 
@@ -121,9 +125,9 @@ def parse(command: str, arguments: list[str], options: dict[str, str]) -> tuple[
     from ml_collections import config_flags
 
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "The experiment: a config file, or the name of a shipped one.", flag_values=values
-    )
+    resolved = [command, *resolve_config_argument(arguments)]
+    about = "The experiment: a config file, or the name of a shipped one."
+    config_flags.DEFINE_config_file("config", None, about, flag_values=values, sys_argv=resolved)
     for name, help_text in options.items():
         flags.DEFINE_string(name, None, help_text, flag_values=values)
     if any(argument in ("-h", "--help") for argument in arguments):
@@ -133,9 +137,7 @@ def parse(command: str, arguments: list[str], options: dict[str, str]) -> tuple[
         print("The fields of a config are explained in its file.")
         return None, {}
     try:
-        rest = values([command, *resolve_config_argument(arguments)])
-    except SpecJAXError:
-        raise
+        rest = values(resolved)
     except Exception as error:  # the config file is a program of the user's, and absl raises many kinds
         raise ConfigError(f"{' '.join(arguments)}: {_first_line(error)}") from error
     if rest[1:]:

@@ -582,7 +582,8 @@ class SamplingParams(_Settings):
     # The randomness
     seed: Annotated[Integer, _none_as(0)] = _setting(
         0,
-        "Seeds the row's random numbers; equal seeds give equal texts. Default (also for None): 0.",
+        "Seeds the row's random numbers. Equal seeds give equal texts for equal prompts: give each row its own for "
+        "different samples. Default (also for None): 0.",
         expected="an integer in [0, 2**63)",
         remedy="leave it out for 0",
         ge=0,

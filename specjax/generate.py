@@ -81,8 +81,9 @@ def prefill(system: System, params: Params, state: DecodeState, start: jax.Array
     window = jnp.maximum(window, 0)
     out = system.forward(params.target, window, starts, state.cache, system.drafter.taps, False)
     features = Features(window, starts, out.taps, out.final)
-    drafter_state = system.drafter.prefill(params.drafter, state.drafter, features)
-    return state.replace(cache=out.cache, drafter=drafter_state)
+    num_valid = jnp.clip(state.length - 1 - start, 0, size)
+    drafter_state = system.drafter.prefill(params.drafter, state.drafter, state.context, features, num_valid)
+    return state.replace(cache=out.cache.keep(starts, num_valid), drafter=drafter_state)
 
 
 def decode(system: System, params: Params, state: DecodeState, num_rounds: jax.Array) -> DecodeState:
@@ -137,7 +138,7 @@ class Programs:
                 acceptance_counts=jnp.zeros((batch, G + 1), jnp.int32),
             )
 
-        return self._run(("init", *_shape_key(rows)), jax.jit(init), params, rows)
+        return self._run(("init", *rows["tokens"].shape, rows["stop_tokens"].shape[1]), jax.jit(init), params, rows)
 
     def prefill(self, params: Params, state: DecodeState, start: int, size: int) -> DecodeState:
         """See prefill. The state is donated."""
@@ -161,17 +162,21 @@ class Programs:
         return self._compiled[key](*args)
 
 
+@functools.cache
 def _narrow_options() -> dict[str, str] | None:
     """Compiler options for programs whose products have few rows.
 
-    On CPU, XLA 0.10 gives products to YNNPACK, which repacks the weights on every call; Eigen is up to a fifth faster
-    for 3 to 5 rows and no slower for one (measured on SmolLM2, two cores).
+    On CPU, the XLA of jax 0.10 gives products to YNNPACK; Eigen is up to a fifth faster for 3 to 5 rows and no slower
+    for one (SmolLM2, two cores). The option is experimental, so a jaxlib without it does without.
     """
-    return {"xla_cpu_experimental_ynn_fusion_type": ""} if jax.default_backend() == "cpu" else None
-
-
-def _shape_key(rows: dict[str, np.ndarray]) -> tuple:
-    return (*rows["tokens"].shape, rows["stop_tokens"].shape[1])
+    if jax.default_backend() != "cpu":
+        return None
+    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=options).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return options
 
 
 def _state_key(state: DecodeState) -> tuple:
@@ -314,6 +319,12 @@ class SpeculativeDecoder:
             )
         if params.stop and self.target.tokenizer is None:
             raise ConfigError(f"SamplingParams.stop={params.stop}: the target has no tokenizer; use stop_token_ids.")
+        vocab_size = self.target.config.vocab_size
+        foreign = [token for token in params.stop_token_ids if token >= vocab_size]
+        if foreign:
+            raise ConfigError(
+                f"SamplingParams.stop_token_ids: {foreign[0]} is no token; expected 0 <= id < {vocab_size}."
+            )
         stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.target.stop_token_ids))
         return _Request(index, tokens, params, tuple(sorted(stops)))
 
@@ -337,15 +348,18 @@ class Stream:
     """An iterator of StreamChunk.
 
     Attributes:
-        result: the GenerationResult, once the iterator is exhausted.
+        result: the GenerationResult, once the iterator is exhausted; None before.
     """
 
     def __init__(self, batch: "_Batch", lossless: bool):
         self.result: GenerationResult | None = None
         self._chunks = self._iterate(batch, lossless)
 
-    def __iter__(self) -> Iterator[StreamChunk]:
-        return self._chunks
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> StreamChunk:
+        return next(self._chunks)
 
     def _iterate(self, batch: "_Batch", lossless: bool) -> Iterator[StreamChunk]:
         shown = [""] * len(batch.requests)
@@ -418,7 +432,7 @@ class _Batch:
         drafter = self.owner.programs.system.drafter
         longest = max(min(len(r.tokens) + r.params.max_tokens, context) for r in self.requests)
         prefilled = sum(windows[-1]) if windows else 0
-        written = longest + drafter.num_speculative_tokens + drafter.slack
+        written = longest + drafter.num_speculative_tokens
         capacity = kv.round_capacity(max(written, prefilled, self.min_capacity))
         num_stops = max(len(request.stop_tokens) for request in self.requests)
         num_stops = -(-max(num_stops, 1) // STOP_TOKENS_MULTIPLE) * STOP_TOKENS_MULTIPLE
@@ -442,7 +456,7 @@ class _Batch:
                 "max_length": min(length + params.max_tokens, context),
                 "finish": RUNNING,
                 "temperature": params.temperature,
-                "top_k": max(params.top_k, 0),
+                "top_k": min(params.top_k, self.owner.target.config.vocab_size),
                 "top_p": params.top_p,
                 "min_p": params.min_p,
                 "seed_low": seed & 0xFFFFFFFF,
@@ -468,15 +482,16 @@ class _Batch:
             if row in self.stopped or not request.params.stop:
                 continue
             tokens = self._tokens(row)
-            cut = first_stop(_decode_text(tokenizer, tokens), request.params.stop)
-            if cut is None:
+            if first_stop(_decode_text(tokenizer, tokens), request.params.stop) is None:
                 continue
+            # The stop string that is complete first ends the row, however many tokens arrived since the last look.
             num = next(
                 n
                 for n in range(1, len(tokens) + 1)
                 if first_stop(_decode_text(tokenizer, tokens[:n]), request.params.stop) is not None
             )
-            self.stopped[row] = _Output(_decode_text(tokenizer, tokens)[:cut], tokens[:num], "stop")
+            text = _decode_text(tokenizer, tokens[:num])
+            self.stopped[row] = _Output(text[: first_stop(text, request.params.stop)], tokens[:num], "stop")
             newly.append(row)
         if not newly:
             return state
@@ -503,7 +518,7 @@ class _Batch:
         return Metrics(
             acceptance_counts=self.snapshot["acceptance_counts"][:rows].sum(axis=0).astype(np.int64),
             drafted=int(self.snapshot["num_drafted"][:rows].sum()),
-            num_tokens=sum(len(self._tokens(row)) for row in range(rows)),
+            num_tokens=sum(len(output.token_ids) for output in self.outputs()),
             prefill_seconds=self.seconds["prefill"],
             decode_seconds=self.seconds["decode"],
             first_round_seconds=self.seconds["first_round"],

@@ -10,9 +10,9 @@ class Metrics:
     """Counts and times of one generation. Counts of several generations add up; ratios are taken once, at the end.
 
     Attributes:
-        acceptance_counts: int[G + 1], rounds of a row in which so many drafts were committed.
+        acceptance_counts: int[G + 1], rounds of a row in which 1 + so many tokens were committed.
         drafted: drafts proposed.
-        num_tokens: tokens committed, prompts not counted.
+        num_tokens: tokens of the outputs, prompts not counted; what was decoded behind a stop string is not in it.
         prefill_seconds: computing the prompts.
         decode_seconds: all rounds, compilation not counted.
         first_round_seconds: the first round, which gives each row its first token.
@@ -64,7 +64,10 @@ class Metrics:
 
     @property
     def time_to_first_token(self) -> float:
-        """Seconds from submitting the prompts to the first token of each, compilation not counted."""
+        """Seconds from a group's start to the first token of each of its rows, compilation not counted.
+
+        Of a call that decoded several groups it is their sum.
+        """
         return self.prefill_seconds + self.first_round_seconds
 
 

@@ -127,23 +127,25 @@ def draw(weights: jax.Array, uniforms: jax.Array) -> jax.Array:
 def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """int32[B]: the first index whose cumulative weight exceeds uniform * total, never one of zero weight."""
     cumulative = jnp.cumsum(weights, axis=-1)
-    reached = cumulative > uniform[:, None] * cumulative[:, -1:]
+    # A parallel sum may rise by a rounding error where the weight is zero.
+    reached = (weights > 0) & (cumulative > uniform[:, None] * cumulative[:, -1:])
     # Rounding can leave nothing above the mark; the mark then belongs to the last index that has any weight.
     last = weights.shape[-1] - 1 - jnp.argmax((weights > 0)[:, ::-1], axis=-1)
     return jnp.minimum(jnp.where(reached.any(axis=-1), jnp.argmax(reached, axis=-1), last), last).astype(jnp.int32)
 
 
-def uniforms_at(keys: jax.Array, positions: jax.Array, domain: int, num: int = 1) -> jax.Array:
-    """float32[..., num] in [0, 1): the random numbers of absolute positions int32[B, ...] in one domain.
+def uniforms_at(keys: jax.Array, length: jax.Array, domain: int, num: int) -> jax.Array:
+    """float32[B, num] in [0, 1): the random numbers of a row's round in one domain.
 
-    They depend on the row's key, the position and the domain alone: not on the batch, the round or the drafts.
+    A round is named by the row's length when it begins, int32[B]. Lengths only grow, so no two rounds share a number,
+    also where a rejected draft and a later one stand at the same position: rules that look behind the first rejection
+    need that. The row's batch plays no part.
     """
 
-    def of_position(key, position):
-        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, position), domain), (num,))
+    def of_row(key, length):
+        return jax.random.uniform(jax.random.fold_in(jax.random.fold_in(key, length), domain), (num,))
 
-    per_row = of_position if positions.ndim == 1 else jax.vmap(of_position, in_axes=(None, 0))
-    return jax.vmap(per_row)(keys, positions)
+    return jax.vmap(of_row)(keys, length)
 
 
 def _rank_and_mass_threshold(logits: jax.Array, peak: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
@@ -154,6 +156,7 @@ def _rank_and_mass_threshold(logits: jax.Array, peak: jax.Array, top_k: jax.Arra
     mass = jnp.where(ordered >= rank[..., None], jnp.exp(logits - peak[..., None]), 0.0)
     target = top_p[:, None] * mass.sum(axis=-1)
     nucleus = _largest(lambda t: jnp.where(ordered >= t[..., None], mass, 0.0).sum(axis=-1) >= target, peak.shape)
+    nucleus = jnp.minimum(nucleus, _to_ordered(peak))  # a top_p that rounds to zero still keeps the best token
     cut_p = jnp.where(top_p[:, None] < 1.0, _from_ordered(nucleus), -jnp.inf)
     cut_k = jnp.where(top_k[:, None] > 0, _from_ordered(rank), -jnp.inf)
     return jnp.maximum(cut_k, cut_p)

@@ -5,7 +5,8 @@ the drafts by an acceptance rule, and commits it together with one token more (L
 2302.01318). Plain decoding is the same step with a drafter that drafts nothing.
 """
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -23,12 +24,9 @@ PAD = -1
 """Pads DecodeState.stop_tokens; no token has this id."""
 
 
-class Forward(Protocol):
-    """The target's forward pass: a window of int32[B, T] tokens at positions start .. start + T - 1, int32[B]."""
-
-    def __call__(
-        self, params: Any, tokens: jax.Array, start: jax.Array, cache: Any, taps: tuple[int, ...], with_logits: bool
-    ) -> Any: ...
+Forward = Callable[..., Any]
+"""The target: (params, tokens int32[B, T], start int32[B], cache, taps, with_logits) -> TargetOutput; the cache that it
+gives must not depend on T in its shapes."""
 
 
 class System(NamedTuple):
@@ -73,7 +71,7 @@ class DecodeState(flax.struct.PyTreeNode):
         drafter: the drafter's own state.
         Counts:
         num_drafted: int32[B], drafts proposed in rounds of running rows.
-        acceptance_counts: int32[B, G + 1], rounds in which so many drafts were committed.
+        acceptance_counts: int32[B, G + 1], rounds in which 1 + so many tokens were committed.
     """
 
     tokens: jax.Array
@@ -91,6 +89,11 @@ class DecodeState(flax.struct.PyTreeNode):
     def done(self) -> jax.Array:
         """bool[B]."""
         return self.finish != RUNNING
+
+    @property
+    def context(self) -> Context:
+        """What drafters see."""
+        return Context(self.tokens, self.length, self.sampling)
 
 
 class Scores(NamedTuple):
@@ -121,8 +124,7 @@ def speculative_step(system: System, params: Params, state: DecodeState) -> Deco
 
 def propose(system: System, params: Params, state: DecodeState) -> tuple[Proposal, Any]:
     """The drafter's proposal and its new state. Rows that are done propose nothing."""
-    context = Context(state.tokens, state.length, state.sampling)
-    proposal, drafter = system.drafter.propose(params.drafter, state.drafter, context)
+    proposal, drafter = system.drafter.propose(params.drafter, state.drafter, state.context)
     return proposal._replace(tokens=jnp.where(state.done[:, None], NO_DRAFT, proposal.tokens)), drafter
 
 
@@ -148,8 +150,8 @@ def score(system: System, params: Params, state: DecodeState, proposal: Proposal
     narrowest = (1 + proposal.num_drafts.max() > jnp.array(widths[:-1], jnp.int32)).sum()
     shapes, _ = jax.eval_shape(lambda cache: outputs(widths[-1], cache), state.cache)
     empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    scored, cache = switch_in_place(narrowest, [at_width(width) for width in widths], (empty, state.cache))
-    logits, taps, final = scored
+    branches = [at_width(width) for width in widths]
+    (logits, taps, final), cache = switch_in_place(narrowest, branches, (empty, state.cache))
     return Scores(logits, Features(window, start, taps, final), cache)
 
 
@@ -164,34 +166,34 @@ def commit(
 ) -> DecodeState:
     """Appends the accepted drafts and the next token, up to a stop token or the row's limit, and keeps their entries.
 
-    A committed stop token ends the row there: drafts behind it are dropped and count as not accepted.
+    A stop token or the limit ends the row there: what is dropped counts as not accepted, and a round's last token
+    always as the one that is no draft.
     """
-    slots = jnp.arange(proposal.tokens.shape[1] + 1)
-    accepted = verdict.num_accepted[:, None]
+    slots, accepted = jnp.arange(proposal.tokens.shape[1] + 1), verdict.num_accepted[:, None]
     drafts = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
     new_tokens = jnp.where(slots < accepted, drafts, verdict.next_token[:, None])
 
     stops = (new_tokens[:, :, None] == state.stop_tokens[:, None, :]).any(axis=-1) & (slots <= accepted)
     until_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1) + 1, slots.size + 1)
-    broken = ~jnp.isfinite(scores.logits.max(axis=-1)).all(axis=1)
+    broken = (~jnp.isfinite(scores.logits.max(axis=-1)) & (slots <= accepted)).any(axis=1)
     room = jnp.where(state.done | broken, 0, state.max_length - state.length)
     num_new = jnp.minimum(jnp.minimum(verdict.num_accepted + 1, until_stop), room)
     length = state.length + num_new
 
-    finish = jnp.where(length >= state.max_length, LENGTH, RUNNING)
-    finish = jnp.where(num_new == until_stop, STOP, finish)
+    finish = jnp.where(num_new == until_stop, STOP, jnp.where(length >= state.max_length, LENGTH, RUNNING))
     finish = jnp.where(broken, ERROR, finish)
-    num_committed_drafts = jnp.minimum(verdict.num_accepted, num_new)
-    counted = (slots == num_committed_drafts[:, None]) & (num_new > 0)[:, None]
+    counted = slots == num_new[:, None] - 1
 
     rows = jnp.arange(num_new.size)[:, None]
     positions = jnp.where(slots < num_new[:, None], state.length[:, None] + slots, state.tokens.shape[1])
+    tokens = state.tokens.at[rows, positions].set(new_tokens, mode="drop")
+    context = Context(tokens, length, state.sampling)
     return state.replace(
-        tokens=state.tokens.at[rows, positions].set(new_tokens, mode="drop"),
+        tokens=tokens,
         length=length,
         finish=jnp.where(state.done, state.finish, finish),
         cache=scores.cache.keep(state.length - 1, num_new),
-        drafter=system.drafter.observe(params.drafter, state.drafter, scores.features, num_committed_drafts),
+        drafter=system.drafter.observe(params.drafter, state.drafter, context, scores.features, num_new),
         num_drafted=state.num_drafted + jnp.where(num_new > 0, proposal.num_drafts, 0),
         acceptance_counts=state.acceptance_counts + counted,
     )

@@ -77,7 +77,7 @@ def encode_prompt(tokenizer: Any, prompt: Any, chat: bool, vocab_size: int | Non
             raise SpecJAXError("prompt='' is empty; expected at least one character")
         if chat:
             return _apply_chat_template(tokenizer, [{"role": "user", "content": prompt}])
-        return [int(token) for token in tokenizer(prompt)["input_ids"]]
+        return _not_empty([int(token) for token in tokenizer(prompt)["input_ids"]], prompt)
     if hasattr(prompt, "__array__"):  # JAX arrays too
         prompt = np.asarray(prompt)
         if prompt.ndim != 1:
@@ -122,6 +122,12 @@ def _eos_ids(path: Path) -> list[int]:
     return ids
 
 
+def _not_empty(tokens: list[int], prompt: Any) -> list[int]:
+    if not tokens:
+        raise SpecJAXError(f"prompt={_shown(prompt)} has no tokens; expected a text that the tokenizer does not drop")
+    return tokens
+
+
 def _is_messages(prompt: Any) -> bool:
     return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
@@ -142,7 +148,7 @@ def _apply_chat_template(tokenizer: Any, messages: list[dict[str, Any]]) -> list
         encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
     except Exception as error:  # the template is a program of the checkpoint's: it may raise anything
         raise SpecJAXError(f"the chat template refuses the messages {_shown(messages)}: {error}") from error
-    return [int(token) for token in encoded["input_ids"]]
+    return _not_empty([int(token) for token in encoded["input_ids"]], messages)
 
 
 def _checked_token_ids(prompt: Any, vocab_size: int) -> list[int]:

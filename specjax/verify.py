@@ -27,7 +27,7 @@ class Uniforms(NamedTuple):
 
     Attributes:
         accept: float32[B, G], one for each draft's verdict.
-        recover: float32[B, G + 1, 2], for the token that follows the accepted drafts; only one position's is used.
+        recover: float32[B, 2], for the token that follows the accepted drafts.
     """
 
     accept: jax.Array
@@ -85,13 +85,14 @@ def _residual(logits: jax.Array, proposal: Proposal, sampling: SamplingState, un
     draft_prob = jnp.ones_like(target_prob)
     if proposal.probs is not None:
         draft_prob = jnp.take_along_axis(proposal.probs, drafts[..., None], axis=-1)[..., 0]
-    num_accepted = _leading(drafted & (uniforms.accept * draft_prob < target_prob))
+    # A token that its own distribution rules out comes from a broken drafter (NaN), which may only cost speed.
+    possible = drafted & (draft_prob > 0)
+    num_accepted = _leading(possible & (uniforms.accept * draft_prob < target_prob))
     target_probs = probabilities_at(law, num_accepted)
     weights = jnp.maximum(target_probs - _rejected_probs(proposal, num_accepted, target_probs.shape[-1]), 0.0)
     # Rounding can reject where target and draft agree and leave no residual: the target's own law is the limit.
     weights = jnp.where(weights.sum(axis=-1, keepdims=True) > 0, weights, target_probs)
-    at_next = uniforms.recover[jnp.arange(num_accepted.shape[0]), num_accepted]
-    return Verdict(num_accepted, draw(weights, at_next))
+    return Verdict(num_accepted, draw(weights, uniforms.recover))
 
 
 def _rejected_probs(proposal: Proposal, num_accepted: jax.Array, vocab_size: int) -> jax.Array:
@@ -110,11 +111,10 @@ def _leading(accepted: jax.Array) -> jax.Array:
 
 
 def round_uniforms(sampling: SamplingState, length: jax.Array, num_speculative_tokens: int) -> Uniforms:
-    """The uniforms of a round whose first draft stands at absolute position length, int32[B]."""
-    positions = length[:, None] + jnp.arange(num_speculative_tokens + 1)
+    """The uniforms of the round that begins at length, int32[B]."""
     return Uniforms(
-        accept=uniforms_at(sampling.key, positions[:, :-1], ACCEPT)[..., 0],
-        recover=uniforms_at(sampling.key, positions, RECOVER, num=2),
+        accept=uniforms_at(sampling.key, length, ACCEPT, num_speculative_tokens),
+        recover=uniforms_at(sampling.key, length, RECOVER, 2),
     )
 
 

@@ -51,16 +51,22 @@ def next_logits(target: Target, text, capacity: int = 256) -> np.ndarray:
 
 
 class LetterTokenizer:
-    """A stand-in tokenizer whose token i is one letter; enough for stop strings and streaming."""
+    """A stand-in tokenizer whose token i is the letter first + i; enough for stop strings and streaming."""
 
     eos_token_id = None
     chat_template = None
+
+    def __init__(self, first: int = 32):
+        self.first = first
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(token + self.first): token for token in range(VOCAB)}
 
     def __len__(self) -> int:
         return VOCAB
 
     def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) - 32 for letter in text]}
+        return {"input_ids": [ord(letter) - self.first for letter in text]}
 
     def decode(self, tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False) -> str:
-        return "".join(chr(token + 32) for token in tokens)
+        return "".join(chr(token + self.first) for token in tokens)

@@ -76,9 +76,11 @@ def proposal_after(draft, texts, num, sample, params, max_model_len=None):
     for row, text in enumerate(texts):
         tokens[row, : len(text)] = text
     tokens, start = jnp.asarray(tokens), jnp.zeros(len(texts), jnp.int32)
-    cache = drafter.init(draft.params, len(texts), 256)
-    cache = jax.jit(drafter.prefill)(draft.params, cache, Features(tokens[:, :32], start, (), tokens[:, :32, None]))
     context = Context(tokens, jnp.array([len(text) for text in texts]), state_of(params))
+    cache = drafter.init(draft.params, len(texts), 256)
+    cache = jax.jit(drafter.prefill)(
+        draft.params, cache, context, Features(tokens[:, :32], start, (), tokens[:, :32, None]), context.length - 1
+    )
     return jax.jit(drafter.propose)(draft.params, cache, context)[0]
 
 

@@ -34,6 +34,7 @@ def config(model, tmp_path):
             "target": str(model),
             "dtype": "float32",
             "prompts": str(prompts),
+            "chat": True,
             "num_prompts": 0,
             "repeats": 2,
             "sampling": {"temperature": 0.0, "max_tokens": 16},

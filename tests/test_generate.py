@@ -89,7 +89,7 @@ def test_equal_seeds_give_equal_texts_and_other_seeds_others(drafted):
 def test_a_target_that_drafts_for_itself_has_every_draft_accepted(self_drafted):
     metrics = self_drafted.generate(PROMPTS[:2], SamplingParams(temperature=1.0, max_tokens=41)).metrics
     # 41 tokens are 10 rounds of 4 and a last one that is cut after one token.
-    assert metrics.acceptance_counts.tolist() == [0, 2, 0, 20]
+    assert metrics.acceptance_counts.tolist() == [2, 0, 0, 20]
 
 
 def test_sampled_speculation_has_the_frequencies_of_the_target(target):
@@ -231,8 +231,9 @@ def test_acceptance_equals_a_slow_reference(target, copied, plain):
         accepted = 0
         while accepted < len(drafts) and done + accepted < len(tokens) and drafts[accepted] == tokens[done + accepted]:
             accepted += 1
-        counts[accepted] += 1
-        done += accepted + 1
+        committed = min(accepted + 1, len(tokens) - done)  # the limit may cut the last round
+        counts[committed - 1] += 1
+        done += committed
     metrics = copied.generate([PROMPTS[3]], SamplingParams(max_tokens=40)).metrics
     assert metrics.acceptance_counts.tolist() == counts
 
@@ -262,6 +263,45 @@ def test_a_stop_string_is_cut_from_the_text_exactly(lettered):
     assert result.token_ids[0] == whole.token_ids[0][: cut + len(stop)]
     assert result.finish_reasons == ["stop", "length"]
     assert len(result.token_ids[1]) == 40
+
+
+@pytest.mark.parametrize("begin", [4, 8, 10])
+def test_of_two_stop_strings_the_one_that_is_complete_first_counts_in_every_method(begin, target, lettered):
+    letters = dataclasses.replace(target, tokenizer=LetterTokenizer())
+    whole = lettered.generate([PROMPTS[2]], SamplingParams(max_tokens=40)).texts[0]
+    stops = [whole[begin : begin + 6], whole[begin + 2 : begin + 4]]
+    params = SamplingParams(max_tokens=40, stop=stops)
+    systems = [
+        SpeculativeDecoder(letters),
+        lettered,
+        SpeculativeDecoder(letters, draft_config(), draft=letters),
+    ]
+    texts = {system.generate([PROMPTS[2]], params).texts[0] for system in systems}
+    texts.add("".join(chunk.text for chunk in lettered.stream([PROMPTS[2]], params)))
+    assert len(texts) == 1
+
+
+def test_padding_never_poisons_a_row_beside_a_longer_prompt():
+    """Token 0 pads prompts in prefill; a target that gives NaN for it must not hurt rows that never hold it."""
+    target = random_target(0)
+    poisoned = target.params["embedding"].at[0].set(jnp.nan)
+    broken = dataclasses.replace(target, params=target.params | {"embedding": poisoned})
+    system = SpeculativeDecoder(broken, None)
+    short, long = [1 + token % 90 for token in range(17)], [1 + token % 90 for token in range(33)]
+    alone = system.generate([short], SamplingParams(max_tokens=3))
+    together = system.generate([short, long], SamplingParams(max_tokens=3))
+    assert together.token_ids[0] == alone.token_ids[0] and together.finish_reasons[0] == alone.finish_reasons[0]
+
+
+def test_a_stop_token_outside_the_vocabulary_is_refused(plain):
+    with pytest.raises(ConfigError, match="stop_token_ids"):
+        plain.generate([[1]], SamplingParams(stop_token_ids=[2**40]))
+
+
+def test_a_top_k_beyond_the_vocabulary_keeps_all(plain):
+    huge = SamplingParams(temperature=1.0, top_k=2**40, max_tokens=8, seed=3)
+    every = SamplingParams(temperature=1.0, max_tokens=8, seed=3)
+    assert plain.generate([PROMPTS[1]], huge).token_ids == plain.generate([PROMPTS[1]], every).token_ids
 
 
 @pytest.mark.parametrize("stop", [None, "inside"])
@@ -314,6 +354,13 @@ def test_the_greedy_rule_refuses_to_sample(target):
 def test_a_draft_of_another_vocabulary_is_refused(target):
     with pytest.raises(ConfigError, match="vocabulary has 50"):
         SpeculativeDecoder(target, draft_config(), draft=random_target(1, vocab_size=50))
+
+
+def test_a_draft_of_equal_size_but_another_tokenizer_is_refused(target):
+    ours = dataclasses.replace(target, tokenizer=LetterTokenizer())
+    theirs = dataclasses.replace(random_target(1), tokenizer=LetterTokenizer(first=40))
+    with pytest.raises(ConfigError, match="tokenizer differs"):
+        SpeculativeDecoder(ours, draft_config(), draft=theirs)
 
 
 def test_a_draft_context_longer_than_the_models_is_refused(target):

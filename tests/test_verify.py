@@ -22,8 +22,7 @@ EDGE = 1e-5
 
 def uniforms(accept, second):
     accept = jnp.asarray(accept, jnp.float32)
-    recover = jnp.zeros((accept.shape[0], accept.shape[1] + 1, 2)).at[..., 1].set(jnp.asarray(second)[:, None])
-    return Uniforms(accept, recover)
+    return Uniforms(accept, jnp.zeros((accept.shape[0], 2)).at[:, 1].set(jnp.asarray(second)))
 
 
 def logits_for(best, vocab_size=6):
@@ -134,6 +133,15 @@ def test_a_draft_outside_the_truncated_target_is_always_rejected():
         )
         assert int(verdict.num_accepted[0]) == 0
         assert int(verdict.next_token[0]) in (0, 1)
+
+
+def test_a_drafter_that_gives_no_probabilities_costs_speed_and_not_the_law():
+    logits = jnp.array([[[3.0, 2.0, 1.0], [0.0, 0.0, 0.0]]])
+    for probs in (jnp.zeros((1, 1, 3)), jnp.full((1, 1, 3), jnp.nan)):
+        verdict = verify.residual(
+            logits, Proposal(jnp.array([[2]]), probs), state_of([RowParams()]), uniforms([[0.0]], [0.1])
+        )
+        assert (int(verdict.num_accepted[0]), int(verdict.next_token[0])) == (0, 0)
 
 
 VOCAB, DRAFTS, PERIOD = 4, 2, 3

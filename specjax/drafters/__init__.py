@@ -41,6 +41,12 @@ def draft_model_for(draft: Target, target: Target, config: SpeculativeConfig) ->
             f"target's {target.config.vocab_size}; expected the same vocabulary, so choose a draft model of "
             "the target's family."
         )
+    other = _first_differing_token(draft.tokenizer, target.tokenizer)
+    if other is not None:
+        raise ConfigError(
+            f"SpeculativeConfig.model={draft.name!r}: its tokenizer differs from the target's, in {other!r} first; "
+            "expected the same vocabulary, so choose a draft model of the target's family."
+        )
     longest = min(draft.config.max_position, target.config.max_position)
     limit = config.max_model_len
     if limit is not None and limit > longest:
@@ -58,6 +64,14 @@ def draft_model_for(draft: Target, target: Target, config: SpeculativeConfig) ->
         max_model_len=limit,
     )
     return drafter, draft.params
+
+
+def _first_differing_token(draft: Any, target: Any) -> str | None:
+    """A token with another id in one of two tokenizers, or None; unknown where one of them is absent."""
+    if draft is None or target is None:
+        return None
+    ours, theirs = draft.get_vocab(), target.get_vocab()
+    return next((token for token in sorted(ours.keys() | theirs.keys()) if ours.get(token) != theirs.get(token)), None)
 
 
 METHODS: dict[str, Callable[[SpeculativeConfig, Target], tuple[Drafter, Any]]] = {

@@ -71,12 +71,13 @@ class Drafter(NamedTuple):
         widths: window sizes that scoring is compiled for, increasing, the last one G + 1. The smallest that holds
             every row's drafts is used, so a round in which nobody drafts costs a plain step.
         taps: target layers whose entering hidden states the drafter wants to see.
-        slack: cache slots that the drafter writes beyond the G + 1 of the target's window.
         init: (params, batch, capacity) -> state.
-        prefill: (params, state, features) -> state; sees the prompt, less its last token, in pieces.
+        prefill: (params, state, context, features, num_valid) -> state; sees the prompts, less their last tokens, in
+            pieces. The first num_valid, int32[B], positions of the piece belong to the row; the rest is padding.
         propose: (params, state, context) -> (Proposal, state).
-        observe: (params, state, features, num_accepted) -> state; sees what the target computed for the last
-            committed token and the drafts, and how many drafts (int32[B]) were accepted.
+        observe: (params, state, context, features, num_new) -> state; sees the context after the round, what the
+            target computed for the last committed token and the drafts (zeros beyond the width that was scored), and
+            how many tokens, int32[B], the row committed; 0 where it is done.
     """
 
     name: str
@@ -84,10 +85,9 @@ class Drafter(NamedTuple):
     widths: tuple[int, ...]
     init: Callable[[Any, int, int], Any]
     propose: Callable[[Any, Any, Context], tuple[Proposal, Any]]
-    prefill: Callable[[Any, Any, Features], Any] = lambda params, state, features: state
-    observe: Callable[[Any, Any, Features, jax.Array], Any] = lambda params, state, features, num_accepted: state
+    prefill: Callable[[Any, Any, Context, Features, jax.Array], Any] = lambda params, state, *seen: state
+    observe: Callable[[Any, Any, Context, Features, jax.Array], Any] = lambda params, state, *seen: state
     taps: tuple[int, ...] = ()
-    slack: int = 0
 
     @property
     def num_speculative_tokens(self) -> int:

@@ -27,13 +27,13 @@ def draft_model(
     """
     G = num_speculative_tokens
 
-    def choose(logits: jax.Array, position: jax.Array, sampling: SamplingState):
-        """A token for one position of each row from float32[B, V], and what it was drawn from."""
+    def choose(logits: jax.Array, uniforms: jax.Array, sampling: SamplingState):
+        """A token for each row from float32[B, V] and float32[B, 2], and what it was drawn from."""
         if not sample:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
         law = truncate(logits[:, None], sampling)
-        probs = probabilities_at(law, jnp.zeros_like(position))
-        return draw(probs, uniforms_at(sampling.key, position, PROPOSE, num=2)), probs
+        probs = probabilities_at(law, jnp.zeros(logits.shape[0], jnp.int32))
+        return draw(probs, uniforms), probs
 
     def propose(params, cache, context: Context):
         # After full acceptance the last draft has never been run through the draft model, so its position is run
@@ -42,13 +42,14 @@ def draft_model(
         window = jnp.take_along_axis(context.tokens, start[:, None] + jnp.arange(2), axis=1)
         out = decoder.apply(config, params, window, start, cache)
         last = jnp.take_along_axis(out.logits, (context.length - 1 - start)[:, None, None], axis=1)[:, 0]
-        token, probs = choose(last, context.length, context.sampling)
+        uniforms = uniforms_at(context.sampling.key, context.length, PROPOSE, 2 * G).reshape(-1, G, 2)
+        token, probs = choose(last, uniforms[:, 0], context.sampling)
 
         def draft_next(carry, depth):
             token, cache = carry
             position = context.length + depth
             out = decoder.apply(config, params, token[:, None], position, cache)
-            chosen, probs = choose(out.logits[:, 0], position + 1, context.sampling)
+            chosen, probs = choose(out.logits[:, 0], uniforms[:, depth + 1], context.sampling)
             return (chosen, out.cache), (chosen, probs)
 
         (_, cache), rest = jax.lax.scan(draft_next, (token, out.cache), jnp.arange(G - 1))
@@ -59,8 +60,9 @@ def draft_model(
             tokens = jnp.where((context.length + G <= max_model_len)[:, None], tokens, NO_DRAFT)
         return Proposal(tokens, all_probs), cache
 
-    def prefill(params, cache, features: Features):
-        return decoder.apply(config, params, features.tokens, features.start, cache, with_logits=False).cache
+    def prefill(params, cache, context: Context, features: Features, num_valid):
+        out = decoder.apply(config, params, features.tokens, features.start, cache, with_logits=False)
+        return out.cache.keep(features.start, num_valid)
 
     return Drafter(
         name="draft_model",

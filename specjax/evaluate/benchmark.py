@@ -18,7 +18,7 @@ from specjax.checkpoints.load import Target, load_target
 from specjax.config import SamplingParams, SpeculativeConfig
 from specjax.evaluate import compare
 from specjax.evaluate.prompts import load_prompts
-from specjax.evaluate.run import device_name, plain_dict, prepare_workdir, write_json
+from specjax.evaluate.run import check_finite, device_name, plain_dict, prepare_workdir, write_json
 from specjax.generate import SpeculativeDecoder
 from specjax.target import decoder
 from specjax.tokenizer import encode_prompt
@@ -90,7 +90,9 @@ def _decoding_systems(config: ConfigDict, target: Target) -> dict[str, Callable[
         system = SpeculativeDecoder(target, method, max_batch_size=batch)
 
         def run(prompt: str) -> tuple[int, float]:
-            metrics = system.generate([prompt] * batch, sampling).metrics
+            result = system.generate([prompt] * batch, sampling, config.chat)
+            check_finite(result, target.name)
+            metrics = result.metrics
             return metrics.num_tokens, metrics.decode_seconds
 
         return run
@@ -103,7 +105,7 @@ def _decoding_systems(config: ConfigDict, target: Target) -> dict[str, Callable[
     if other is not None:
 
         def transformers(prompt: str) -> tuple[int, float]:
-            output, spent = other(encode_prompt(target.tokenizer, prompt, chat=True))
+            output, spent = other(encode_prompt(target.tokenizer, prompt, config.chat))
             return len(output) - 1, spent
 
         systems["transformers"] = transformers

@@ -27,8 +27,7 @@ def compare_greedy(target: Target, prompt: Sequence[int], plain: Sequence[int], 
         prompt, plain, speculative: token ids.
 
     Returns:
-        "identical"; "near_tie" if the two tokens are the best two and their logits differ by no more than noise;
-        else "mismatch".
+        "identical"; "near_tie" if both tokens' logits lie within noise of the largest; else "mismatch".
     """
     if list(plain) == list(speculative):
         return "identical"

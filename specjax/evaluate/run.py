@@ -1,10 +1,13 @@
 """One evaluation: prompts decoded plainly and with each method, interleaved; results on disk as they are measured."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import platform
 import tempfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from specjax.config import SamplingParams, SpeculativeConfig
 from specjax.errors import ConfigError, SpecJAXError
 from specjax.evaluate.oracle import compare_greedy
 from specjax.evaluate.prompts import Prompt, load_prompts
-from specjax.generate import SpeculativeDecoder
+from specjax.generate import GenerationResult, SpeculativeDecoder
 from specjax.metrics import Metrics
 from specjax.tokenizer import encode_prompt
 
@@ -46,19 +49,21 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any 
     if config.repeats < 1:
         raise ConfigError(f"config.repeats={config.repeats}: expected an integer >= 1.")
     prompts = load_prompts(config.prompts, config.num_prompts)
-    results = Results(Path(workdir), plain_dict(config))
+    results = Results(Path(workdir), identity(config, prompts))
     target = load_target(config.target, dtype=config.dtype or None)
     decoders = {PLAIN: SpeculativeDecoder(target, None, max_batch_size=1)}
     decoders |= {name: SpeculativeDecoder(target, method, max_batch_size=1) for name, method in methods.items()}
 
     for decoder in decoders.values():
-        decoder.generate([prompts[0].text], sampling)  # warm-up; compilation is never counted, whenever it happens
+        decoder.generate(
+            [prompts[0].text], sampling, config.chat
+        )  # warm-up; compilation is never counted, whenever it happens
     total = len(prompts) * len(decoders) * config.repeats
     for prompt in prompts:
         for repeat in range(config.repeats):
             for name, decoder in decoders.items():
                 if (prompt.id, name, repeat) not in results:
-                    results.append(measure(decoder, prompt, sampling, name, repeat))
+                    results.append(measure(decoder, prompt, sampling, config.chat, name, repeat))
                 if progress:
                     progress(len(results), total, f"{name} on {prompt.id}")
     summary = summarise(target, config, prompts, methods, results, sampling)
@@ -67,10 +72,15 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any 
 
 
 def measure(
-    decoder: SpeculativeDecoder, prompt: Prompt, sampling: SamplingParams, name: str, repeat: int
+    decoder: SpeculativeDecoder, prompt: Prompt, sampling: SamplingParams, chat: bool, name: str, repeat: int
 ) -> dict[str, Any]:
-    """One prompt decoded once, as a line of results.jsonl."""
-    result = decoder.generate([prompt.text], sampling)
+    """One prompt decoded once, as a line of results.jsonl.
+
+    Raises:
+        SpecJAXError: logits were not finite.
+    """
+    result = decoder.generate([prompt.text], sampling, chat)
+    check_finite(result, decoder.target.name)
     metrics = result.metrics
     return {
         "prompt": prompt.id,
@@ -104,11 +114,14 @@ class Results:
         if not path.is_file():
             write_json(path, config)
             return
-        before = json.loads(path.read_text())
+        try:
+            before = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise SpecJAXError(f"{path}: is damaged ({error}); choose another workdir or remove it.") from error
         changed = [key for key in sorted(before.keys() | config.keys()) if before.get(key) != config.get(key)]
         if changed:
             raise SpecJAXError(
-                f"workdir={str(path.parent)!r}: holds results of another experiment (config.{changed[0]} was "
+                f"workdir={str(path.parent)!r}: holds results of another experiment ({changed[0]} was "
                 f"{before.get(changed[0])!r}, is {config.get(changed[0])!r}); choose another folder or remove it."
             )
 
@@ -172,7 +185,7 @@ def summarise(
             "speedup": speedup,
             "efficiency": speedup / total.acceptance_length,
         }
-        found = [_agreement(target, prompt, name, results, config.repeats) for prompt in prompts if sampling.greedy]
+        found = [_agreement(target, prompt, name, results, config) for prompt in prompts if sampling.greedy]
         for kind in ("identical", "near_tie", "mismatch"):
             row[kind] = found.count(kind) if sampling.greedy else None
         summary["methods"][name] = row
@@ -200,11 +213,11 @@ def _metrics(line: dict[str, Any]) -> Metrics:
     )
 
 
-def _agreement(target: Target, prompt: Prompt, method: str, results: Results, repeats: int) -> str:
+def _agreement(target: Target, prompt: Prompt, method: str, results: Results, config: ConfigDict) -> str:
     """The worst of a prompt's repeats against its first plain output."""
-    tokens = encode_prompt(target.tokenizer, prompt.text, chat=True)
+    tokens = encode_prompt(target.tokenizer, prompt.text, config.chat)
     plain = results.of(prompt, PLAIN, 1)[0]["token_ids"]
-    outputs = {tuple(line["token_ids"]) for line in results.of(prompt, method, repeats)}
+    outputs = {tuple(line["token_ids"]) for line in results.of(prompt, method, config.repeats)}
     found = {compare_greedy(target, tokens, plain, output) for output in outputs}
     return next(kind for kind in ("mismatch", "near_tie", "identical") if kind in found)
 
@@ -236,6 +249,32 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
+
+
+def check_finite(result: GenerationResult, name: str) -> None:
+    """Refuses an output that ended because logits were not finite.
+
+    Raises:
+        SpecJAXError: there is one.
+    """
+    if "error" in result.finish_reasons:
+        raise SpecJAXError(
+            f"target={name!r}: gave logits that are not finite (NaN); expected numbers. The checkpoint may be damaged, "
+            "or dtype too narrow: try --config.dtype=float32."
+        )
+
+
+def identity(config: ConfigDict, prompts: list[Prompt]) -> dict[str, Any]:
+    """What must be equal for measurements to belong together, as JSON gives it back."""
+    texts = json.dumps([dataclasses.astuple(prompt) for prompt in prompts])
+    versions = {name: metadata.version(name) for name in ("specjax", "jax", "jaxlib", "flax")}
+    parts = {
+        **plain_dict(config),
+        "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
+        "device": device_name(),
+        "versions": versions,
+    }
+    return json.loads(json.dumps(parts))
 
 
 def plain_dict(config: ConfigDict) -> dict[str, Any]:

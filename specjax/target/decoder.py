@@ -103,7 +103,8 @@ class DecoderLayer(nn.Module):
             B, T = x.shape[:2]
             q = layers.rotate(q.reshape(B, T, -1, H), cos_sin).reshape(q.shape) * (H**-0.5)
             keys = kv.write(keys, layers.rotate(k, cos_sin), start)
-            values = kv.write(values, v, start)
+            # Finite, because a hidden slot weighs 0 and 0 * inf is NaN; a row that overflows shows it elsewhere.
+            values = kv.write(values, jnp.nan_to_num(v), start)
             mixed = layers.attend(q, keys, values, start, self.sliding_window)
             out_kernel = _weight(self, "out", (c.num_kv_heads, Q, H, c.width), ("kv_heads", None, "head", "width"))
             out = mixed @ out_kernel.reshape(-1, c.width)
