@@ -10,16 +10,7 @@ from test_checkpoints_gguf import write_llama
 
 from specjax import cli
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A tiny GGUF model with tokenizer and chat template."""
-    return write_llama(tmp_path_factory.mktemp("model") / "tiny.gguf", {"llama.context_length": 512})
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("SPECJAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def generate(model, *more):

@@ -6,22 +6,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from models import random_target
-from test_checkpoints_gguf import write_llama
 
 from specjax import SamplingParams, SpeculativeDecoder
 from specjax.errors import ConfigError, SpecJAXError
 from specjax.evaluate import oracle, report, run
 from specjax.evaluate.prompts import load_prompts
 
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return write_llama(tmp_path_factory.mktemp("model") / "tiny.gguf", {"llama.context_length": 512})
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("SPECJAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

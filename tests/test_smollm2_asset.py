@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+import specjax
 from specjax.checkpoints.pretrained import ASSETS, fetch_gguf, resolve
+from specjax.evaluate.oracle import compare_greedy
+from specjax.evaluate.prompts import load_prompts
 from specjax.tokenizer import encode_prompt, load_tokenizer, stop_token_ids
 
 pytestmark = pytest.mark.slow
@@ -77,3 +80,24 @@ def test_q_rows_are_not_left_in_the_order_of_the_gguf_file(smollm2_dir, gguf_pat
     # Within a head of 64, the rows of the first rotary half stand at the even places of the file.
     np.testing.assert_array_equal(converted[:32], rows[0:64:2])
     np.testing.assert_array_equal(converted[32:64], rows[1:64:2])
+
+
+@pytest.mark.parametrize("category", ["code_editing", "translation"])
+def test_speculation_gives_the_text_of_plain_decoding(smollm2_dir, category):
+    target = specjax.load_target(smollm2_dir, dtype="float32")
+    config = specjax.SpeculativeConfig(
+        method="ngram", num_speculative_tokens=6, prompt_lookup_min=3, prompt_lookup_max=5
+    )
+    prompt = next(prompt for prompt in load_prompts("built_in") if prompt.category == category).text
+    params = specjax.SamplingParams(max_tokens=48)
+    plain = specjax.SpeculativeDecoder(target, max_batch_size=1).generate([prompt], params)
+    copied = specjax.SpeculativeDecoder(target, config, max_batch_size=1).generate([prompt], params)
+    tokens = encode_prompt(target.tokenizer, prompt, chat=True)
+    assert compare_greedy(target, tokens, plain.token_ids[0], copied.token_ids[0]) in ("identical", "near_tie")
+    assert copied.metrics.accepted > 0
+
+
+def test_it_knows_the_capital_of_france(smollm2_dir):
+    target = specjax.load_target(smollm2_dir)
+    result = specjax.SpeculativeDecoder(target).generate("What is the capital of France?")
+    assert "Paris" in result.texts[0] and result.finish_reasons == ["stop"]

@@ -27,7 +27,6 @@ class Target:
         dtype: of weights and cache.
         tokenizer: a transformers tokenizer, or None (then prompts are token ids).
         stop_token_ids: tokens that end a generation.
-        mesh: the mesh that the weights are placed on, or None.
     """
 
     name: str
@@ -36,7 +35,6 @@ class Target:
     dtype: Any
     tokenizer: Any = None
     stop_token_ids: tuple[int, ...] = ()
-    mesh: Any = None
 
     @property
     def num_params(self) -> int:

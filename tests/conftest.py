@@ -1,0 +1,16 @@
+"""Fixtures that several files use."""
+
+import pytest
+from test_checkpoints_gguf import write_llama
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A tiny GGUF model with tokenizer and chat template."""
+    return write_llama(tmp_path_factory.mktemp("model") / "tiny.gguf", {"llama.context_length": 512})
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch):
+    """A cache folder of the test session's own."""
+    monkeypatch.setenv("SPECJAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
