@@ -503,6 +503,9 @@ class _Batch:
         prompt = len(self.requests[row].tokens)
         return self.snapshot["tokens"][row, prompt : self.snapshot["length"][row]].tolist()
 
+    def _output_tokens(self, row: int) -> list[int]:
+        return self.stopped[row].token_ids if row in self.stopped else self._tokens(row)
+
     def outputs(self) -> list[_Output]:
         """What is known of each request's output."""
         tokenizer = self.owner.target.tokenizer
@@ -518,7 +521,7 @@ class _Batch:
         return Metrics(
             acceptance_counts=self.snapshot["acceptance_counts"][:rows].sum(axis=0).astype(np.int64),
             drafted=int(self.snapshot["num_drafted"][:rows].sum()),
-            num_tokens=sum(len(output.token_ids) for output in self.outputs()),
+            num_tokens=sum(len(self._output_tokens(row)) for row in range(rows)),
             prefill_seconds=self.seconds["prefill"],
             decode_seconds=self.seconds["decode"],
             first_round_seconds=self.seconds["first_round"],

@@ -53,7 +53,7 @@ def benchmark(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any
         if progress:
             progress(done, total, name)
 
-    for run in [*systems.values()]:
+    for run in systems.values():
         run(prompts[0])  # warm-up
     for _ in range(config.repeats):
         for index, prompt in enumerate(prompts):
