@@ -7,12 +7,13 @@ it; `NOT_YET` lists the others.
 
 import difflib
 import hashlib
+import itertools
 import json
 import operator
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, get_args
 
 import pydantic
 import yaml
@@ -21,7 +22,17 @@ from pydantic import BeforeValidator, ConfigDict, Field
 from specjax.errors import ConfigError
 
 Method = Literal["ngram", "draft_model"]
-RejectionSamplingStrategy = Literal["greedy", "residual"]
+RejectionSamplingStrategy = Literal[
+    "greedy",
+    "residual",
+    "typical-acceptance",
+    "strict",
+    "block",
+    "logit-comparison",
+    "medusa-typical",
+    "relaxed",
+    "synthetic",
+]
 DraftSampleMethod = Literal["greedy", "probabilistic"]
 
 GREEDY_TEMPERATURE = 1e-5
@@ -33,8 +44,26 @@ DEFAULT_SECTION = "speculative_config"
 DEFAULT_PROMPT_LOOKUP = 5
 """Tokens in an n-gram when neither `prompt_lookup_min` nor `prompt_lookup_max` is given."""
 
-KEY_ALIASES = {"speculative_method": "method", "rejection_sample_method": "rejection_sampling_strategy"}
-"""Names that MAX (the first) and vLLM (the second) give to a field, and its name here."""
+DEFAULT_STRATEGY: dict[str, RejectionSamplingStrategy] = {"ngram": "residual", "draft_model": "residual"}
+"""The acceptance rule of a method where none is given."""
+
+TOKEN_MATCHING = ("typical-acceptance", "strict")
+"""Rules that accept a draft if the target draws it: the drafter's most probable token is the best guess."""
+
+DEFAULT_RELAXED_TOPK = 10
+DEFAULT_RELAXED_PROBABILITY_DELTA = 0.6
+"""MAX's defaults for the rule 'relaxed'."""
+
+DEFAULT_POSTERIOR_THRESHOLD = 0.09
+DEFAULT_POSTERIOR_ALPHA = 0.3
+"""Medusa's defaults for the rule 'medusa-typical'; the second is the root of the first."""
+
+KEY_ALIASES = {
+    "speculative_method": "method",
+    "relaxed_delta": "relaxed_probability_delta",
+    "rejection_sample_method": "rejection_sampling_strategy",
+}
+"""Names that MAX (the first two) and vLLM (the third) give to a field, and its name here."""
 
 VALUE_ALIASES = {
     "method": {"standalone": "draft_model", "ngram_gpu": "ngram"},
@@ -42,11 +71,12 @@ VALUE_ALIASES = {
 }
 """Other names of values: "standalone" is MAX's, the rest vLLM's. Here n-grams are always looked up on the device."""
 
-_ACCEPTANCE_RULES = "acceptance rules other than greedy and residual"
+FLAG_ALIASES = {"use_relaxed_acceptance_for_thinking": ("rejection_sampling_strategy", "relaxed")}
+"""Flags of MAX, and the field and value that they stand for when true. A false one stands for nothing."""
+
 _EAGLE = "EAGLE draft heads"
 _PARALLEL = "parallel drafting (P-EAGLE, PARD, DFlash)"
 _SUFFIX = "suffix decoding"
-_SYNTHETIC = "synthetic acceptance"
 
 NOT_YET = {
     "method=eagle": _EAGLE,
@@ -57,16 +87,6 @@ NOT_YET = {
     "method=suffix": _SUFFIX,
     "method=dflash": _PARALLEL,
     "method=extract_hidden_states": "extraction of hidden states",
-    "rejection_sampling_strategy=strict": _ACCEPTANCE_RULES,
-    "rejection_sampling_strategy=block": _ACCEPTANCE_RULES,
-    "rejection_sampling_strategy=typical-acceptance": _ACCEPTANCE_RULES,
-    "rejection_sampling_strategy=logit-comparison": _ACCEPTANCE_RULES,
-    "rejection_sampling_strategy=medusa-typical": _ACCEPTANCE_RULES,
-    "rejection_sampling_strategy=relaxed": _ACCEPTANCE_RULES,
-    "rejection_sampling_strategy=synthetic": _SYNTHETIC,
-    "synthetic_acceptance_rate": _SYNTHETIC,
-    "synthetic_acceptance_rates": _SYNTHETIC,
-    "synthetic_acceptance_length": _SYNTHETIC,
     "draft_tensor_parallel_size": "tensor parallelism of the draft model",
     "quantization": "quantised draft weights",
     "moe_backend": "mixture-of-experts drafts",
@@ -99,6 +119,10 @@ def _read_path(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def _read_pairs(value: Any) -> Any:
+    return tuple(value.items()) if isinstance(value, Mapping) else value
+
+
 def _none_as(default: Any) -> BeforeValidator:
     return BeforeValidator(lambda value: default if value is None else value)
 
@@ -106,6 +130,11 @@ def _none_as(default: Any) -> BeforeValidator:
 Integer = Annotated[int, BeforeValidator(_read_integer)]
 Number = Annotated[float, BeforeValidator(_refuse_bool)]
 NonEmptyText = Annotated[str, BeforeValidator(_read_path), Field(min_length=1)]
+TokenId = Annotated[int, BeforeValidator(_read_integer), Field(ge=0)]
+Rate = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, le=1, allow_inf_nan=False)]
+Bias = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=-100, le=100, allow_inf_nan=False)]
+
+_FLAG: pydantic.TypeAdapter[bool] = pydantic.TypeAdapter(bool)
 
 
 def _setting(default: Any, description: str, *, expected: str, remedy: str, **constraints: Any) -> Any:
@@ -196,18 +225,21 @@ class SpeculativeConfig(_Settings):
 
     A value of None means "not given". A field is looked for in the arguments, then in `config_file`, then it takes its
     default. After construction `method`, `rejection_sampling_strategy`, `draft_sample_method` and, for n-grams,
-    `prompt_lookup_min` and `prompt_lookup_max` hold what was resolved, never None. `speculative_method` (MAX) is
-    another name of `method`, and `rejection_sample_method` (vLLM) of `rejection_sampling_strategy`; `KEY_ALIASES` and
-    `VALUE_ALIASES` list them.
+    `prompt_lookup_min` and `prompt_lookup_max` hold what was resolved, never None; so do `relaxed_topk` and one of the
+    two deltas for the rule 'relaxed', and `posterior_threshold` and `posterior_alpha` for 'medusa-typical'.
+    `speculative_method` (MAX) is another name of `method`, and `rejection_sample_method` (vLLM) of
+    `rejection_sampling_strategy`; `KEY_ALIASES`, `VALUE_ALIASES` and `FLAG_ALIASES` list them.
 
     Raises:
-      ConfigError: a field is unknown, wrong, meaningless for the method, or not in this version yet.
+      ConfigError: a field is unknown, wrong, meaningless for the method or the rule, or not in this version yet.
 
     Example:
       >>> SpeculativeConfig(method="ngram", num_speculative_tokens="5").num_speculative_tokens
       5
 
-    Reference: rejection sampling, Leviathan et al. 2023 (arXiv 2211.17192) and Chen et al. 2023 (arXiv 2302.01318).
+    Reference: rejection sampling, Leviathan et al. 2023 (arXiv 2211.17192) and Chen et al. 2023 (arXiv 2302.01318);
+    block verification, Sun et al. 2024 (arXiv 2403.10444); typical acceptance of Medusa, Cai et al. 2024 (arXiv
+    2401.10774, section 2.3.1).
     """
 
     # What drafts
@@ -252,8 +284,8 @@ class SpeculativeConfig(_Settings):
         None,
         "How the draft model picks its tokens: 'greedy' takes the most probable, 'probabilistic' samples with the "
         "row's sampling parameters. Default: 'probabilistic' for a draft model, 'greedy' for n-grams, which have no "
-        "probabilities.",
-        expected="'greedy' or 'probabilistic' ('ngram' has only 'greedy')",
+        "probabilities, and for the rules 'relaxed', 'typical-acceptance' and 'strict'.",
+        expected="'greedy' or 'probabilistic' ('ngram' and 'relaxed' have only 'greedy')",
         remedy="name one of them or leave the field out",
     )
     prompt_lookup_min: Integer | None = _setting(
@@ -276,10 +308,84 @@ class SpeculativeConfig(_Settings):
     # What is accepted
     rejection_sampling_strategy: RejectionSamplingStrategy = _setting(
         None,
-        "The acceptance rule: 'residual' (other names 'probabilistic', 'standard') keeps the target's distribution "
-        "exactly, 'greedy' accepts the target's most probable token. Default: 'residual'.",
-        expected="'greedy' or 'residual'",
+        "The acceptance rule. Lossless ones keep the target's distribution: 'residual' (other names 'probabilistic', "
+        "'standard') weighs the target's probability of a draft against the drafter's; 'block' weighs a round's drafts "
+        "together and on average accepts at least as many; 'typical-acceptance' (MAX's meaning, not Medusa's) samples "
+        "the target at every position and accepts a draft that equals the sample; 'strict' is the same law under "
+        "vLLM's name; 'greedy' accepts the target's most probable token and is lossless at temperature 0. Lossy: "
+        "'logit-comparison' accepts a draft whose own logit in the draft model is at most its logit in the target; "
+        "'medusa-typical' one that is probable enough for the target's entropy; 'relaxed' one close to the target's "
+        "most probable token; 'synthetic' tosses a coin, for benchmarks. Default: 'synthetic' if "
+        "synthetic_acceptance_rate is given, else 'residual'.",
+        expected="'greedy', 'residual', 'typical-acceptance', 'strict', 'block', 'logit-comparison', 'medusa-typical', "
+        "'relaxed' or 'synthetic'",
         remedy="name one of them or leave the field out",
+    )
+    synthetic_acceptance_rate: Rate | None = _setting(
+        None,
+        "The mean over a round's positions of the probability that all drafts up to there are accepted (MAX's "
+        "meaning): the accepted part of the drafts. Selects the rule 'synthetic' where none is given. Default: None. "
+        "'synthetic' only, which needs one of the three synthetic fields.",
+        expected="a number in [0, 1]",
+        remedy="0 accepts no drafts, 1 all of them",
+    )
+    synthetic_acceptance_rates: tuple[Rate, ...] | None = _setting(
+        None,
+        "The unconditional probability for each i in 1..num_speculative_tokens that at least i drafts are accepted "
+        "(vLLM's meaning). Default: None. 'synthetic' only.",
+        expected="a list of num_speculative_tokens numbers in [0, 1], none larger than the one before",
+        remedy="give one for each draft of a round, and num_speculative_tokens to match",
+    )
+    synthetic_acceptance_length: Number | None = _setting(
+        None,
+        "The mean tokens of a round, the one that follows the accepted drafts included (vLLM's meaning). Default: "
+        "None. 'synthetic' only.",
+        expected="a number in [1, num_speculative_tokens + 1], in tokens",
+        remedy="1 accepts no drafts, num_speculative_tokens + 1 all of them; raise num_speculative_tokens for more",
+        ge=1,
+        allow_inf_nan=False,
+    )
+    relaxed_topk: Integer | None = _setting(
+        None,
+        "How many of the target's most probable tokens are accepted at most, in tokens. Default: 10. 'relaxed' only.",
+        expected="an integer >= 1, in tokens",
+        remedy="1 accepts the most probable token alone",
+        ge=1,
+    )
+    relaxed_probability_delta: Rate | None = _setting(
+        None,
+        "Accepted tokens have at least the probability of the most probable one minus this (relaxed_delta in MAX). "
+        "Default: 0.6 where relaxed_log_delta is not given. 'relaxed' only.",
+        expected="a number in [0, 1], a difference of probabilities",
+        remedy="0 accepts the most probable token alone, 1 all of the relaxed_topk",
+    )
+    relaxed_log_delta: Number | None = _setting(
+        None,
+        "Accepted tokens have at least the log-probability of the most probable one minus this, in nats (relaxed_delta "
+        "in TensorRT-LLM). Default: None, relaxed_probability_delta decides. 'relaxed' only.",
+        expected="a finite number >= 0, a difference of natural logarithms of probabilities",
+        remedy="0 accepts the most probable token alone; give relaxed_probability_delta or this one",
+        ge=0,
+        allow_inf_nan=False,
+    )
+    posterior_threshold: Number | None = _setting(
+        None,
+        "A draft is accepted if the target's probability of it exceeds the smaller of this and posterior_alpha * "
+        "exp(-entropy of the target). Default: 0.09. 'medusa-typical' only.",
+        expected="a number in (0, 1]",
+        remedy="smaller ones accept more; leave the field out for Medusa's 0.09",
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+    )
+    posterior_alpha: Number | None = _setting(
+        None,
+        "The factor of exp(-entropy of the target) that posterior_threshold describes. Default: 0.3. "
+        "'medusa-typical' only.",
+        expected="a finite number > 0",
+        remedy="smaller ones accept more; leave the field out for Medusa's 0.3",
+        gt=0,
+        allow_inf_nan=False,
     )
 
     # How it runs
@@ -314,26 +420,45 @@ class SpeculativeConfig(_Settings):
     }
     """Fields that mean something for one method alone."""
 
+    STRATEGY_FIELDS: ClassVar[dict[str, tuple[str, ...]]] = {
+        "medusa-typical": ("posterior_threshold", "posterior_alpha"),
+        "relaxed": ("relaxed_topk", "relaxed_probability_delta", "relaxed_log_delta"),
+        "synthetic": ("synthetic_acceptance_rate", "synthetic_acceptance_rates", "synthetic_acceptance_length"),
+    }
+    """Fields that mean something for one acceptance rule alone."""
+
     @classmethod
     def _resolve(cls, values: dict[str, Any]) -> dict[str, Any]:
         given = cls._rename(values)
         cls._refuse_unknown(given)
-        section = cls._read_section(given)
+        # A flag among the arguments, even a false one, wins over the file.
+        section = cls._read_section(given, flags=[key for key in FLAG_ALIASES if values.get(key) is not None])
         values = {**section, **given}
         cls._resolve_method(values)
-        values.setdefault("rejection_sampling_strategy", "residual")
-        for name in ("method", "rejection_sampling_strategy"):
-            cls._refuse_absent_value(name, values[name])
-        method = values["method"]
-        for owner, names in cls.METHOD_FIELDS.items():
-            for name in names:
-                if owner != method and name in values:
-                    cls._refuse(name, values[name], f"it means nothing for method={method!r}: leave it out")
-        if method == "ngram":
+        cls._resolve_strategy(values)
+        cls._refuse_foreign(values, "method", cls.METHOD_FIELDS)
+        cls._refuse_foreign(values, "rejection_sampling_strategy", cls.STRATEGY_FIELDS)
+        cls._resolve_draft_sampling(values)
+        if values["method"] == "ngram":
             cls._resolve_ngram(values)
-        else:
-            values.setdefault("draft_sample_method", "probabilistic")
+        strategy = values["rejection_sampling_strategy"]
+        if strategy == "medusa-typical":
+            values.setdefault("posterior_threshold", DEFAULT_POSTERIOR_THRESHOLD)
+            values.setdefault("posterior_alpha", DEFAULT_POSTERIOR_ALPHA)
+        elif strategy == "relaxed":
+            cls._resolve_relaxed(values)
+        elif strategy == "synthetic":
+            cls._refuse_all_but_one_synthetic(values)
         return values
+
+    @classmethod
+    def _refuse_foreign(cls, values: Mapping[str, Any], key: str, table: Mapping[str, tuple[str, ...]]) -> None:
+        """Refuses the fields that `table` gives to another value of the field `key` than the chosen one."""
+        for owner, names in table.items():
+            for name in names:
+                if owner != values[key] and name in values:
+                    remedy = f"it means nothing for {key}={values[key]!r}: leave it out or set {key}={owner!r}"
+                    cls._refuse(name, values[name], remedy)
 
     @classmethod
     def _resolve_method(cls, values: dict[str, Any]) -> None:
@@ -344,7 +469,7 @@ class SpeculativeConfig(_Settings):
             values["method"] = "ngram" if names_ngram else "draft_model"
         method = values["method"]
         if not isinstance(method, str) or method not in cls.METHOD_FIELDS:
-            cls._refuse_absent_value("method", method)
+            cls._refuse_absent_method(method)
             text = str(method)
             remedy = _nearest(text, ("ngram", "draft_model", "ngram_gpu", "standalone")) + "name one of them"
             cls._refuse("method", method, remedy)
@@ -356,9 +481,53 @@ class SpeculativeConfig(_Settings):
             del values["model"]
 
     @classmethod
+    def _resolve_strategy(cls, values: dict[str, Any]) -> None:
+        name, method = "rejection_sampling_strategy", values["method"]
+        default = "synthetic" if "synthetic_acceptance_rate" in values else DEFAULT_STRATEGY[method]
+        strategy = values.setdefault(name, default)
+        strategies = get_args(RejectionSamplingStrategy)
+        if strategy not in strategies:
+            nearest = _nearest(str(strategy), (*strategies, *VALUE_ALIASES[name]))
+            cls._refuse(name, strategy, nearest + "name one of them or leave the field out")
+        if strategy == "logit-comparison" and method == "ngram":
+            cls._refuse(name, strategy, "n-grams have no logits to compare: use method='draft_model' or another rule")
+
+    @classmethod
+    def _resolve_draft_sampling(cls, values: dict[str, Any]) -> None:
+        reason = None
+        if values["method"] == "ngram":
+            reason = "n-grams have no probabilities to sample"
+        elif values["rejection_sampling_strategy"] == "relaxed":
+            reason = "rejection_sampling_strategy='relaxed' takes the draft model's most probable tokens"
+        greedily = reason or values["rejection_sampling_strategy"] in TOKEN_MATCHING
+        chosen = values.setdefault("draft_sample_method", "greedy" if greedily else "probabilistic")
+        if reason and chosen == "probabilistic":
+            cls._refuse("draft_sample_method", chosen, f"{reason}: leave it out or give 'greedy'")
+
+    @classmethod
+    def _resolve_relaxed(cls, values: dict[str, Any]) -> None:
+        values.setdefault("relaxed_topk", DEFAULT_RELAXED_TOPK)
+        if "relaxed_log_delta" not in values:
+            values.setdefault("relaxed_probability_delta", DEFAULT_RELAXED_PROBABILITY_DELTA)
+        elif "relaxed_probability_delta" in values:
+            other = f"relaxed_probability_delta={values['relaxed_probability_delta']!r}"
+            remedy = f"{other} says the same in another unit: give one of the two, and None for the other"
+            cls._refuse("relaxed_log_delta", values["relaxed_log_delta"], remedy)
+
+    @classmethod
+    def _refuse_all_but_one_synthetic(cls, values: Mapping[str, Any]) -> None:
+        names = cls.STRATEGY_FIELDS["synthetic"]
+        given = [name for name in names if name in values]
+        if not given:
+            remedy = f"'synthetic' needs to be told how much it accepts: give one of {', '.join(names)}"
+            cls._refuse("rejection_sampling_strategy", "synthetic", remedy)
+        if len(given) > 1:
+            first, second = given[:2]
+            remedy = f"{first}={values[first]!r} is given too: give one of the two, and None for the other"
+            cls._refuse(second, values[second], remedy)
+
+    @classmethod
     def _resolve_ngram(cls, values: dict[str, Any]) -> None:
-        if values.setdefault("draft_sample_method", "greedy") == "probabilistic":
-            cls._refuse("draft_sample_method", "probabilistic", "n-grams have no probabilities to sample: leave it out")
         shortest, longest = values.get("prompt_lookup_min"), values.get("prompt_lookup_max")
         values["prompt_lookup_min"] = next(n for n in (shortest, longest, DEFAULT_PROMPT_LOOKUP) if n is not None)
         values["prompt_lookup_max"] = next(n for n in (longest, shortest, DEFAULT_PROMPT_LOOKUP) if n is not None)
@@ -371,10 +540,28 @@ class SpeculativeConfig(_Settings):
             raise ValueError("prompt_lookup_max is less than prompt_lookup_min")
         return longest
 
+    @pydantic.field_validator("synthetic_acceptance_rates")
+    @classmethod
+    def _one_for_each_draft(cls, rates: tuple[float, ...] | None, info: pydantic.ValidationInfo) -> Any:
+        if rates is not None:
+            if len(rates) != info.data.get("num_speculative_tokens", len(rates)):
+                raise ValueError("there are not num_speculative_tokens rates")
+            if any(later > earlier for earlier, later in itertools.pairwise(rates)):
+                raise ValueError("a rate is larger than the one before")
+        return rates
+
+    @pydantic.field_validator("synthetic_acceptance_length")
+    @classmethod
+    def _within_a_round(cls, length: float | None, info: pydantic.ValidationInfo) -> float | None:
+        if length is not None and length > info.data.get("num_speculative_tokens", length) + 1:
+            raise ValueError("a round has no more than num_speculative_tokens + 1 tokens")
+        return length
+
     @classmethod
     def _rename(cls, values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
         """Drops what is None, gives fields and values their name here, and refuses what this version does not have."""
         renamed: dict[str, Any] = {}
+        keys: dict[str, str] = {}  # name here -> name that it was given by
         if values.get("tensor_parallel_size") is not None:
             raise ConfigError(
                 f"{cls.__name__}.tensor_parallel_size={values['tensor_parallel_size']!r}{where}: expected "
@@ -384,6 +571,9 @@ class SpeculativeConfig(_Settings):
             )
         for key, value in values.items():
             name = KEY_ALIASES.get(key, key)
+            if key in FLAG_ALIASES:
+                name, chosen = FLAG_ALIASES[key]
+                value = chosen if cls._read_flag(key, value, where) else None
             if name in NOT_YET and value is not None:
                 raise ConfigError(
                     f"{cls.__name__}.{name}={value!r}{where}: expected no value, the feature ({NOT_YET[name]}) is not "
@@ -396,24 +586,36 @@ class SpeculativeConfig(_Settings):
                 value = VALUE_ALIASES.get(name, {}).get(value, value)
             if name in renamed and renamed[name] != value:
                 raise ConfigError(
-                    f"{cls.__name__}.{key}={values[key]!r}{where}: expected the same as {name}={renamed[name]!r}, "
-                    "which is the same field; give one of the two."
+                    f"{cls.__name__}.{key}={values[key]!r}{where}: expected the same as "
+                    f"{keys[name]}={values[keys[name]]!r}, which sets the same field; give one of the two."
                 )
             renamed[name] = value
+            keys.setdefault(name, key)
         return renamed
 
     @classmethod
-    def _refuse_absent_value(cls, name: str, value: Any) -> None:
-        old_mtp = name == "method" and str(value).endswith("_mtp")  # deepseek_mtp and others, of earlier vLLM
-        feature = NOT_YET.get(f"{name}={'mtp' if old_mtp else value}")
-        if feature is not None:
-            alias = next(key for key, field in KEY_ALIASES.items() if field == name)
-            remedy = f"{value!r} needs a feature ({feature}) that is not in this version of SpecJAX yet"
-            cls._refuse(name, value, f"{remedy}: choose one that is ({alias} is another name of this field)")
+    def _read_flag(cls, key: str, value: Any, where: str) -> bool:
+        try:
+            return value is not None and _FLAG.validate_python(value)
+        except pydantic.ValidationError:
+            pass  # so that no pydantic traceback is chained to what follows
+        name, chosen = FLAG_ALIASES[key]
+        raise ConfigError(
+            f"{cls.__name__}.{key}={value!r}{where}: expected True or False; "
+            f"leave it out, or set {name}={chosen!r}, which is what True stands for."
+        )
 
     @classmethod
-    def _read_section(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields in the section of `config_file`, named as here; none where no file is given."""
+    def _refuse_absent_method(cls, method: Any) -> None:
+        old_mtp = str(method).endswith("_mtp")  # deepseek_mtp and others, of earlier vLLM
+        feature = NOT_YET.get(f"method={'mtp' if old_mtp else method}")
+        if feature is not None:
+            remedy = f"{method!r} needs a feature ({feature}) that is not in this version of SpecJAX yet"
+            cls._refuse("method", method, f"{remedy}: choose one that is (speculative_method names this field too)")
+
+    @classmethod
+    def _read_section(cls, given: Mapping[str, Any], flags: Sequence[str] = ()) -> dict[str, Any]:
+        """The fields in the section of `config_file` but for `flags`, named as here; none where no file is given."""
         path, name = given.get("config_file"), given.get("section_name")
         if path is None:
             if name is not None:
@@ -433,7 +635,7 @@ class SpeculativeConfig(_Settings):
         where = f" (in {path}" + (")" if name is None else f", section {name!r})")
         if not isinstance(section, dict):
             cls._refuse("section_name", name, f"it holds {section!r}: write one 'field: value' a line below its name")
-        fields = cls._rename({str(key): value for key, value in section.items()}, where)
+        fields = cls._rename({str(key): value for key, value in section.items() if key not in flags}, where)
         cls._refuse_unknown(fields, where)
         for nested in ("config_file", "section_name"):
             if nested in fields:
@@ -442,7 +644,7 @@ class SpeculativeConfig(_Settings):
 
     @classmethod
     def _known_names(cls) -> list[str]:
-        return [*cls.model_fields, *KEY_ALIASES, *(key for key in NOT_YET if "=" not in key)]
+        return [*cls.model_fields, *KEY_ALIASES, *FLAG_ALIASES, *(key for key in NOT_YET if "=" not in key)]
 
     def is_standalone(self) -> bool:
         """Whether a draft model of its own drafts (MAX's name)."""
@@ -481,11 +683,11 @@ class SpeculativeConfig(_Settings):
         return self.rejection_sampling_strategy == "greedy"
 
     def uses_logit_comparison(self) -> bool:
-        """Whether a draft is accepted by comparing its logit in the target with that of the most probable token."""
+        """Whether a draft is accepted when its own logit in the draft model is at most its logit in the target."""
         return self._has("rejection_sampling_strategy", "logit-comparison")
 
     def uses_typical_acceptance(self) -> bool:
-        """Whether a draft is accepted when it is typical of the target's distribution."""
+        """Whether the target samples every position and a draft is accepted when it equals the sample (MAX's name)."""
         return self._has("rejection_sampling_strategy", "typical-acceptance")
 
     def _has(self, name: str, *values: str) -> bool:
@@ -500,7 +702,8 @@ class SpeculativeConfig(_Settings):
 class SamplingParams(_Settings):
     """How tokens are drawn from the target, for one row; the same with and without speculation.
 
-    Operations happen in this order: temperature, top_k, top_p, min_p, draw.
+    Operations happen in this order: logit_bias, repetition_penalty, frequency_penalty, presence_penalty, temperature,
+    top_k, top_p, min_p, draw. The penalties see the tokens that stand before the one that is drawn.
 
     Raises:
       ConfigError: a field is unknown or wrong.
@@ -509,6 +712,42 @@ class SamplingParams(_Settings):
       >>> SamplingParams(temperature=0.8, stop="END").stop
       ('END',)
     """
+
+    # The logits
+    logit_bias: Annotated[tuple[tuple[TokenId, Bias], ...], BeforeValidator(_read_pairs), _none_as(())] = _setting(
+        (),
+        "Added to the logits of these token ids: a mapping of ids to numbers, pairs of both, or None. Stored as pairs "
+        "in the order of the ids. Default: none.",
+        expected="a mapping of token ids >= 0 to numbers in [-100, 100], no id twice",
+        remedy="-100 all but bans a token, 100 all but forces it",
+    )
+    repetition_penalty: Number = _setting(
+        1.0,
+        "Divides the positive logits and multiplies the negative ones of tokens in the prompt or the output. No unit. "
+        "Default: 1.0, off.",
+        expected="a finite number > 0",
+        remedy="1 is off, larger ones repeat less",
+        gt=0,
+        allow_inf_nan=False,
+    )
+    frequency_penalty: Number = _setting(
+        0.0,
+        "Subtracted from a token's logit once for each time that it occurs in the output. Default: 0.0, off.",
+        expected="a number in [-2, 2]",
+        remedy="0 is off, larger ones repeat less",
+        ge=-2,
+        le=2,
+        allow_inf_nan=False,
+    )
+    presence_penalty: Number = _setting(
+        0.0,
+        "Subtracted from a token's logit once if it occurs in the output. Default: 0.0, off.",
+        expected="a number in [-2, 2]",
+        remedy="0 is off, larger ones repeat less",
+        ge=-2,
+        le=2,
+        allow_inf_nan=False,
+    )
 
     # The distribution
     temperature: Number = _setting(
@@ -564,19 +803,25 @@ class SamplingParams(_Settings):
         expected="a non-empty text or a list of them",
         remedy="leave the field out to stop at the model's own end tokens alone",
     )
-    stop_token_ids: Annotated[tuple[Annotated[int, BeforeValidator(_read_integer), Field(ge=0)], ...], _none_as(())] = (
-        _setting(
-            (),
-            "Token ids that end the generation besides the model's own end tokens. Default: none.",
-            expected="a list of integers >= 0",
-            remedy="give token ids of the target's vocabulary",
-        )
+    stop_token_ids: Annotated[tuple[TokenId, ...], _none_as(())] = _setting(
+        (),
+        "Token ids that end the generation besides the model's own end tokens. Default: none.",
+        expected="a list of integers >= 0",
+        remedy="give token ids of the target's vocabulary",
     )
     ignore_eos: bool = _setting(
         False,
         "Goes on behind the model's own end tokens; stop_token_ids still end it. Default: False.",
         expected="True or False",
         remedy="leave the field out to stop at the model's own end tokens",
+    )
+
+    # What is returned
+    logprobs: bool = _setting(
+        False,
+        "Returns the target's log-probability of every output token. Default: False.",
+        expected="True or False",
+        remedy="leave the field out to return tokens alone",
     )
 
     # The randomness
@@ -595,7 +840,20 @@ class SamplingParams(_Settings):
     def _off_is_zero(cls, top_k: int) -> int:
         return max(top_k, 0)
 
+    @pydantic.field_validator("logit_bias")
+    @classmethod
+    def _sorted_by_token(cls, pairs: tuple[tuple[int, float], ...]) -> tuple[tuple[int, float], ...]:
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a token id has two biases")
+        return tuple(sorted(pairs))
+
     @property
     def greedy(self) -> bool:
         """Whether the most probable token is taken."""
         return self.temperature < GREEDY_TEMPERATURE
+
+    @property
+    def adjusts_logits(self) -> bool:
+        """Whether a bias or a penalty changes the logits before the temperature does."""
+        penalties = self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+        return penalties or any(bias != 0.0 for _, bias in self.logit_bias)

@@ -24,3 +24,29 @@ def switch_in_place(index: jax.Array, branches: Sequence[Callable[[Any], Any]], 
         trips = (index == number).astype(jnp.int32)
         operand = jax.lax.fori_loop(0, trips, lambda _, x, branch=branch: branch(x), operand)
     return operand
+
+
+def narrowest_window(
+    outputs: Callable[[int, Any], tuple[Any, Any]], widths: Sequence[int], num_needed: jax.Array, carry: Any
+) -> tuple[Any, Any]:
+    """outputs(width, carry) for the smallest of some widths that is enough, padded with zeros to the largest.
+
+    Args:
+        outputs: (width, carry) -> (a pytree of arrays [B, width, ...], the new carry).
+        widths: increasing; a program for each is compiled in.
+        num_needed: int32[], at most the largest width.
+        carry: a pytree whose large arrays are updated in place.
+    """
+    shapes, _ = jax.eval_shape(lambda carry: outputs(widths[-1], carry), carry)
+    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def at_width(width):
+        def run(operand):
+            whole, carry = operand
+            part, carry = outputs(width, carry)
+            return jax.tree.map(lambda rows, new: rows.at[:, :width].set(new), whole, part), carry
+
+        return run
+
+    narrowest = (num_needed > jnp.array(widths[:-1], jnp.int32)).sum()
+    return switch_in_place(narrowest, [at_width(width) for width in widths], (empty, carry))

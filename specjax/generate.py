@@ -20,10 +20,11 @@ from specjax.drafters import build_drafter, draft_model_for
 from specjax.drafters.base import Drafter, Features
 from specjax.errors import ConfigError, SpecJAXError
 from specjax.metrics import Metrics
-from specjax.sampling import SamplingState
+from specjax.sampling import Adjustment, SamplingState, ThinkingPhase
 from specjax.step import ERROR, LENGTH, PAD, RUNNING, STOP, DecodeState, Params, System, speculative_step
 from specjax.target import decoder
-from specjax.verify import RULES
+from specjax.tokenizer import encode_prompt, think_tokens
+from specjax.verify import RULES, build_rule
 
 PREFILL_BUCKETS = (16, 32, 64, 128, 256, 512)
 """Window lengths that prefill is compiled for; a longer prompt runs through the last one several times."""
@@ -46,6 +47,8 @@ class GenerationResult:
         finish_reasons: "stop", "length", or "error" for a row whose logits were not finite.
         metrics: of the whole call.
         lossless: whether the acceptance rule keeps the target's distribution.
+        logprobs: for each prompt None, or where SamplingParams.logprobs asks for it the target's log-probability (nats,
+            before bias, penalties and temperature) of each of token_ids.
     """
 
     texts: list[str]
@@ -53,6 +56,7 @@ class GenerationResult:
     finish_reasons: list[str]
     metrics: Metrics
     lossless: bool
+    logprobs: list[list[float] | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,18 +131,22 @@ class Programs:
             G = self.system.drafter.num_speculative_tokens
             return DecodeState(
                 tokens=rows["tokens"],
+                logprobs=jnp.zeros((batch, capacity)) if "logprobs" in rows else None,
                 length=rows["length"],
                 max_length=rows["max_length"],
                 stop_tokens=rows["stop_tokens"],
                 finish=rows["finish"],
-                sampling=SamplingState(rows["temperature"], rows["top_k"], rows["top_p"], rows["min_p"], key),
+                sampling=SamplingState(
+                    rows["temperature"], rows["top_k"], rows["top_p"], rows["min_p"], key, _adjustment(rows), _phase(rows)
+                ),
                 cache=self._init_cache(batch, capacity),
                 drafter=self.system.drafter.init(params.drafter, batch, capacity),
                 num_drafted=jnp.zeros(batch, jnp.int32),
                 acceptance_counts=jnp.zeros((batch, G + 1), jnp.int32),
             )
 
-        return self._run(("init", *rows["tokens"].shape, rows["stop_tokens"].shape[1]), jax.jit(init), params, rows)
+        shapes = tuple((name, *array.shape) for name, array in rows.items())
+        return self._run(("init", *shapes), jax.jit(init), params, rows)
 
     def prefill(self, params: Params, state: DecodeState, start: int, size: int) -> DecodeState:
         """See prefill. The state is donated."""
@@ -180,7 +188,32 @@ def _narrow_options() -> dict[str, str] | None:
 
 
 def _state_key(state: DecodeState) -> tuple:
-    return (*state.tokens.shape, state.stop_tokens.shape[1])
+    return (*state.tokens.shape, state.stop_tokens.shape[1], jax.tree.structure(state))
+
+
+def _adjustment(rows: dict[str, jax.Array]) -> Adjustment | None:
+    """The rows' bias and penalties, before any output; None where no row has one."""
+    if "bias" not in rows:
+        return None
+    batch, capacity = rows["tokens"].shape
+    prompt = jnp.arange(capacity) < rows["length"][:, None]
+    tokens = jnp.where(prompt, rows["tokens"], -1)
+    in_prompt = jnp.zeros(rows["bias"].shape, bool).at[jnp.arange(batch)[:, None], tokens].set(True, mode="drop")
+    names = ("bias", "repetition_penalty", "frequency_penalty", "presence_penalty")
+    return Adjustment(
+        **{name: rows[name] for name in names}, in_prompt=in_prompt, counts=jnp.zeros(in_prompt.shape, jnp.int32)
+    )
+
+
+def _phase(rows: dict[str, jax.Array]) -> ThinkingPhase | None:
+    """The phase that each row's prompt leaves it in; None where no rule asks.
+
+    Prompts that neither open nor close the reasoning leave it open: models that reason begin with it.
+    """
+    if "think_tokens" not in rows:
+        return None
+    start, end = rows["think_tokens"]
+    return ThinkingPhase(jnp.ones(rows["length"].shape, bool), start, end).observe(rows["tokens"], rows["length"])
 
 
 class SpeculativeDecoder:
@@ -219,8 +252,14 @@ class SpeculativeDecoder:
         self.max_batch_size = max_batch_size
         enable_compilation_cache()
         drafter, draft_params = self._drafter(draft)
-        self.rule_name = (config.rejection_sampling_strategy if config else None) or "residual"
-        system = System(functools.partial(decoder.apply, target.config), drafter, RULES[self.rule_name].rule)
+        self.rule_name, rule = build_rule(config)
+        self.think_tokens = think_tokens(target.tokenizer) if RULES[self.rule_name].needs_phase else None
+        if RULES[self.rule_name].needs_phase and self.think_tokens is None:
+            raise ConfigError(
+                f"SpeculativeConfig.rejection_sampling_strategy={self.rule_name!r}: the target's tokenizer has no tokens "
+                "that open and close a reasoning; expected a reasoning model, so choose another rule for this one."
+            )
+        system = System(functools.partial(decoder.apply, target.config), drafter, rule)
         self.params = Params(target.params, draft_params)
         self.programs = Programs(
             system,
@@ -300,8 +339,6 @@ class SpeculativeDecoder:
         ]
 
     def _request(self, index: int, prompt: Any, params: SamplingParams, chat: bool) -> "_Request":
-        from specjax.tokenizer import encode_prompt
-
         try:
             tokens = encode_prompt(self.target.tokenizer, prompt, chat, self.target.config.vocab_size)
         except SpecJAXError as error:
@@ -325,6 +362,11 @@ class SpeculativeDecoder:
             raise ConfigError(
                 f"SamplingParams.stop_token_ids: {foreign[0]} is no token; expected 0 <= id < {vocab_size}."
             )
+        unknown = [token for token, _ in params.logit_bias if token >= vocab_size]
+        if unknown:
+            raise ConfigError(
+                f"SamplingParams.logit_bias: {unknown[0]} is no token; expected 0 <= id < {vocab_size}."
+            )
         stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.target.stop_token_ids))
         return _Request(index, tokens, params, tuple(sorted(stops)))
 
@@ -342,6 +384,7 @@ class _Output:
     text: str
     token_ids: list[int]
     finish_reason: str | None
+    logprobs: list[float] | None
 
 
 class Stream:
@@ -466,11 +509,30 @@ class _Batch:
             rows["stop_tokens"][row, : len(request.stop_tokens)] = request.stop_tokens
             for name, value in values.items():
                 rows[name][row] = value
+        return rows | self._optional_rows()
+
+    def _optional_rows(self) -> dict[str, np.ndarray]:
+        """Inputs that are there only where a request or the rule asks: programs without them carry nothing."""
+        rows: dict[str, np.ndarray] = {}
+        if any(request.params.logprobs for request in self.requests):
+            rows["logprobs"] = np.zeros(())
+        if self.owner.think_tokens is not None:
+            rows["think_tokens"] = np.array(self.owner.think_tokens, np.int32)
+        if any(request.params.adjusts_logits for request in self.requests):
+            rows["bias"] = np.zeros((self.batch, self.owner.target.config.vocab_size), np.float32)
+            rows["repetition_penalty"] = np.ones(self.batch, np.float32)
+            rows["frequency_penalty"] = np.zeros(self.batch, np.float32)
+            rows["presence_penalty"] = np.zeros(self.batch, np.float32)
+            for row, request in enumerate(self.requests):
+                for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
+                    rows[name][row] = getattr(request.params, name)
+                for token, bias in request.params.logit_bias:
+                    rows["bias"][row, token] = bias
         return rows
 
     def _look(self, state: DecodeState) -> None:
         """The one place that reads the device."""
-        names = ("tokens", "length", "finish", "num_drafted", "acceptance_counts")
+        names = ("tokens", "length", "finish", "num_drafted", "acceptance_counts", "logprobs")
         arrays = jax.device_get([getattr(state, name) for name in names])
         self.snapshot = dict(zip(names, arrays, strict=True))
 
@@ -491,7 +553,8 @@ class _Batch:
                 if first_stop(_decode_text(tokenizer, tokens[:n]), request.params.stop) is not None
             )
             text = _decode_text(tokenizer, tokens[:num])
-            self.stopped[row] = _Output(text[: first_stop(text, request.params.stop)], tokens[:num], "stop")
+            text = text[: first_stop(text, request.params.stop)]
+            self.stopped[row] = _Output(text, tokens[:num], "stop", self._logprobs(row, num))
             newly.append(row)
         if not newly:
             return state
@@ -503,6 +566,14 @@ class _Batch:
         prompt = len(self.requests[row].tokens)
         return self.snapshot["tokens"][row, prompt : self.snapshot["length"][row]].tolist()
 
+    def _logprobs(self, row: int, num: int) -> list[float] | None:
+        """Of the first num tokens of a row's output, if its request asks for them."""
+        request = self.requests[row]
+        if not request.params.logprobs:
+            return None
+        prompt = len(request.tokens)
+        return self.snapshot["logprobs"][row, prompt : prompt + num].tolist()
+
     def _output_tokens(self, row: int) -> list[int]:
         return self.stopped[row].token_ids if row in self.stopped else self._tokens(row)
 
@@ -513,7 +584,8 @@ class _Batch:
         for row in range(len(self.requests)):
             tokens = self._tokens(row)
             reason = FINISH_REASONS.get(int(self.snapshot["finish"][row]))
-            outputs.append(self.stopped.get(row) or _Output(_decode_text(tokenizer, tokens), tokens, reason))
+            logprobs = self._logprobs(row, len(tokens))
+            outputs.append(self.stopped.get(row) or _Output(_decode_text(tokenizer, tokens), tokens, reason, logprobs))
         return outputs
 
     def metrics(self) -> Metrics:
@@ -570,6 +642,7 @@ def _result(outputs: list[_Output], metrics: Metrics, lossless: bool) -> Generat
         finish_reasons=[str(output.finish_reason) for output in outputs],
         metrics=metrics,
         lossless=lossless,
+        logprobs=[output.logprobs for output in outputs],
     )
 
 

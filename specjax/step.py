@@ -12,9 +12,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from specjax.control import switch_in_place
+from specjax.control import narrowest_window
 from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal
-from specjax.sampling import SamplingState
+from specjax.sampling import SamplingState, adjust, record_log_probability
 from specjax.verify import Rule, Verdict, round_uniforms
 
 RUNNING, STOP, LENGTH, ERROR = 0, 1, 2, 3
@@ -59,6 +59,7 @@ class DecodeState(flax.struct.PyTreeNode):
     Attributes:
         Text:
         tokens: int32[B, S], prompt and output.
+        logprobs: float32[B, S], the target's log-probability of each token of the output; None where no row wants it.
         length: int32[B], tokens committed, prompt included.
         Limits:
         max_length: int32[B], prompt plus max_tokens.
@@ -75,6 +76,7 @@ class DecodeState(flax.struct.PyTreeNode):
     """
 
     tokens: jax.Array
+    logprobs: jax.Array | None
     length: jax.Array
     max_length: jax.Array
     stop_tokens: jax.Array
@@ -138,27 +140,16 @@ def score(system: System, params: Params, state: DecodeState, proposal: Proposal
         out = system.forward(params.target, window[:, :width], start, cache, system.drafter.taps, True)
         return (out.logits, out.taps, out.final), out.cache
 
-    def at_width(width):
-        def run(carry):
-            whole, cache = carry
-            part, cache = outputs(width, cache)
-            return jax.tree.map(lambda rows, new: rows.at[:, :width].set(new), whole, part), cache
-
-        return run
-
-    widths = system.drafter.widths
-    narrowest = (1 + proposal.num_drafts.max() > jnp.array(widths[:-1], jnp.int32)).sum()
-    shapes, _ = jax.eval_shape(lambda cache: outputs(widths[-1], cache), state.cache)
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    branches = [at_width(width) for width in widths]
-    (logits, taps, final), cache = switch_in_place(narrowest, branches, (empty, state.cache))
+    num_needed = 1 + proposal.num_drafts.max()
+    (logits, taps, final), cache = narrowest_window(outputs, system.drafter.widths, num_needed, state.cache)
     return Scores(logits, Features(window, start, taps, final), cache)
 
 
 def verify(system: System, state: DecodeState, scores: Scores, proposal: Proposal) -> Verdict:
     """The acceptance rule, on random numbers that only the row's seed and the absolute positions determine."""
+    logits = adjust(scores.logits, state.sampling, proposal.tokens)
     uniforms = round_uniforms(state.sampling, state.length, proposal.tokens.shape[1])
-    return system.rule(scores.logits, proposal, state.sampling, uniforms)
+    return system.rule(logits, proposal, state.sampling, uniforms)
 
 
 def commit(
@@ -190,7 +181,9 @@ def commit(
     context = Context(tokens, length, state.sampling)
     return state.replace(
         tokens=tokens,
+        logprobs=record_log_probability(state.logprobs, (rows, positions), scores.logits, new_tokens),
         length=length,
+        sampling=state.sampling.observe(new_tokens, num_new),
         finish=jnp.where(state.done, state.finish, finish),
         cache=scores.cache.keep(state.length - 1, num_new),
         drafter=system.drafter.observe(params.drafter, state.drafter, context, scores.features, num_new),

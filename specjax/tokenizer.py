@@ -53,6 +53,22 @@ def stop_token_ids(directory: str | os.PathLike[str], tokenizer: Any) -> tuple[i
     return tuple(sorted(found))
 
 
+THINK_TOKENS = (
+    ("<think>", "</think>"),  # DeepSeek-R1, Qwen3, SmolLM3, GLM-4.5
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("◁think▷", "◁/think▷"),  # Kimi-VL
+    ("<|START_THINKING|>", "<|END_THINKING|>"),  # Command A Reasoning
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+)
+"""Tokens that open and close a reasoning, as model families write them."""
+
+
+def think_tokens(tokenizer: Any) -> tuple[int, int] | None:
+    """The ids of the tokens that open and close a reasoning; None where the tokenizer has no such pair."""
+    vocab = {} if tokenizer is None else tokenizer.get_vocab()
+    return next(((vocab[start], vocab[end]) for start, end in THINK_TOKENS if start in vocab and end in vocab), None)
+
+
 def encode_prompt(tokenizer: Any, prompt: Any, chat: bool, vocab_size: int | None = None) -> list[int]:
     """Turns a prompt into token ids.
 

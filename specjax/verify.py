@@ -1,25 +1,55 @@
 """Acceptance rules: how many drafts are kept, and which token comes after them. One function each, and their table.
 
-A rule sees target logits, the proposal and uniform numbers, and nothing of how they were made.
+A rule sees target logits, the proposal, the rows' parameters and uniform numbers, and nothing of how they were made.
+Three of them are one pass over the logits and exist as Pallas kernels: `residual`, `token_matching` and `block`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.rejection_sampling import Verdict, check_inputs, rejection_sample
+from specjax.config import SpeculativeConfig
 from specjax.drafters.base import NO_DRAFT, Proposal
 from specjax.sampling import (
     ACCEPT,
     RECOVER,
     SamplingState,
     draw,
-    probabilities_at,
+    entropy,
+    local_argmax,
+    probabilities,
     probability_of,
     truncate,
     uniforms_at,
 )
+
+__all__ = [
+    "RULES",
+    "Rule",
+    "RuleInfo",
+    "Uniforms",
+    "Verdict",
+    "block",
+    "build_rule",
+    "conditional_rates",
+    "geometric_rates",
+    "greedy",
+    "logit_comparison",
+    "medusa_typical",
+    "minimum_variance_rates",
+    "relaxed",
+    "residual",
+    "round_uniforms",
+    "synthetic",
+    "token_matching",
+]
+
+LOGIT_TOLERANCE = 1e-5
+"""By how much `logit_comparison` lets the draft's logit exceed the target's (MAX's constant)."""
 
 
 class Uniforms(NamedTuple):
@@ -27,23 +57,11 @@ class Uniforms(NamedTuple):
 
     Attributes:
         accept: float32[B, G], one for each draft's verdict.
-        recover: float32[B, 2], for the token that follows the accepted drafts.
+        recover: float32[B, G + 1, 3]; those at num_accepted draw next_token.
     """
 
     accept: jax.Array
     recover: jax.Array
-
-
-class Verdict(NamedTuple):
-    """What a rule decides.
-
-    Attributes:
-        num_accepted: int32[B], 0..G, next_token not counted.
-        next_token: int32[B], recovered after a rejection, a bonus after full acceptance.
-    """
-
-    num_accepted: jax.Array
-    next_token: jax.Array
 
 
 Rule = Callable[[jax.Array, Proposal, SamplingState, Uniforms], Verdict]
@@ -56,10 +74,11 @@ def greedy(logits: jax.Array, proposal: Proposal, sampling: SamplingState, unifo
         logits: float32[B, G + 1, V].
         proposal: drafts; their distribution plays no part.
     """
-    del sampling, uniforms
-    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    del uniforms
+    check_inputs(logits, proposal.tokens, None, sampling.truncation)
+    best = local_argmax(logits)
     num_accepted = _leading(best[:, :-1] == proposal.tokens)
-    return Verdict(num_accepted, jnp.take_along_axis(best, num_accepted[:, None], axis=1)[:, 0])
+    return Verdict(num_accepted, _at(best, num_accepted))
 
 
 def residual(logits: jax.Array, proposal: Proposal, sampling: SamplingState, uniforms: Uniforms) -> Verdict:
@@ -72,49 +91,205 @@ def residual(logits: jax.Array, proposal: Proposal, sampling: SamplingState, uni
     Args:
         logits: float32[B, G + 1, V].
         proposal: drafts with the distribution that they were drawn from.
+
+    Raises:
+        ValueError: shapes disagree, or, outside jit, values that can't be.
     """
-    all_greedy = jnp.all(sampling.greedy)
-    return jax.lax.cond(all_greedy, greedy, _residual, logits, proposal, sampling, uniforms)
+    return rejection_sample(logits, *proposal.drawn, *uniforms, sampling.truncation, rule="residual")
 
 
-def _residual(logits: jax.Array, proposal: Proposal, sampling: SamplingState, uniforms: Uniforms) -> Verdict:
-    law = truncate(logits, sampling)
+def token_matching(logits: jax.Array, proposal: Proposal, sampling: SamplingState, uniforms: Uniforms) -> Verdict:
+    """The target draws a token at every position; a draft is accepted if it is that token. Lossless.
+
+    MAX's typical-acceptance and vLLM's strict. Whatever is drafted, a row commits what the target drew with the numbers
+    of that position: a seed gives the same text with every drafter and with none (up to rounding of the logits). The
+    price: a sampled draft is accepted with probability sum(target_probs * draft_probs), less often than by `residual`.
+    """
+    return rejection_sample(logits, proposal.tokens, None, *uniforms, sampling.truncation, rule="matching")
+
+
+def block(logits: jax.Array, proposal: Proposal, sampling: SamplingState, uniforms: Uniforms) -> Verdict:
+    """Block verification (Sun et al. 2403.10444, algorithm 2): judges prefixes of the drafts as a whole. Lossless.
+
+    On average it accepts at least as many drafts as `residual`, and as many where drafts are not sampled.
+    """
+    return rejection_sample(logits, *proposal.drawn, *uniforms, sampling.truncation, rule="block")
+
+
+def logit_comparison(logits: jax.Array, proposal: Proposal, sampling: SamplingState, uniforms: Uniforms) -> Verdict:
+    """Accepts a draft unless the drafter's logit of it exceeds the target's (MAX's logit-comparison). Lossy.
+
+    Logits of two models have no common scale, so this is a heuristic. next_token is drawn from the target.
+    """
+    check_inputs(logits, proposal.tokens, None, sampling.truncation, *uniforms)
+    if proposal.logits is None:
+        raise ValueError("proposal.logits: is None; expected float32[B, G], the drafter's logits of its drafts.")
+    target = jnp.take_along_axis(logits[:, :-1], jnp.maximum(proposal.tokens, 0)[..., None], axis=-1)[..., 0]
     drafted = proposal.tokens != NO_DRAFT
-    drafts = jnp.where(drafted, proposal.tokens, 0)
-    target_prob = probability_of(law, drafts)
-    draft_prob = jnp.ones_like(target_prob)
-    if proposal.probs is not None:
-        draft_prob = jnp.take_along_axis(proposal.probs, drafts[..., None], axis=-1)[..., 0]
-    # A token that its own distribution rules out comes from a broken drafter (NaN), which may only cost speed.
-    possible = drafted & (draft_prob > 0)
-    num_accepted = _leading(possible & (uniforms.accept * draft_prob < target_prob))
-    target_probs = probabilities_at(law, num_accepted)
-    weights = jnp.maximum(target_probs - _rejected_probs(proposal, num_accepted, target_probs.shape[-1]), 0.0)
-    # Rounding can reject where target and draft agree and leave no residual: the target's own law is the limit.
-    weights = jnp.where(weights.sum(axis=-1, keepdims=True) > 0, weights, target_probs)
-    return Verdict(num_accepted, draw(weights, uniforms.recover))
+    num_accepted = _leading(drafted & (proposal.logits <= target + LOGIT_TOLERANCE))
+    return Verdict(num_accepted, _draw_at(logits, num_accepted, sampling, uniforms))
 
 
-def _rejected_probs(proposal: Proposal, num_accepted: jax.Array, vocab_size: int) -> jax.Array:
-    """float32[B, V]: draft_probs at the first rejected position; zero for rows whose drafts were all accepted."""
-    rows = jnp.arange(num_accepted.shape[0])
-    rejected = jnp.pad(proposal.tokens, ((0, 0), (0, 1)), constant_values=NO_DRAFT)[rows, num_accepted]
-    if proposal.probs is None:
-        return jax.nn.one_hot(rejected, vocab_size)  # all zero for NO_DRAFT
-    index = jnp.minimum(num_accepted, proposal.probs.shape[1] - 1)
-    return jnp.where((rejected != NO_DRAFT)[:, None], proposal.probs[rows, index], 0.0)
+def medusa_typical(
+    logits: jax.Array,
+    proposal: Proposal,
+    sampling: SamplingState,
+    uniforms: Uniforms,
+    *,
+    posterior_threshold: float,
+    posterior_alpha: float,
+) -> Verdict:
+    """Medusa's typical acceptance (Cai et al. 2401.10774, section 2.3.1): accepts what the target finds plausible. Lossy.
+
+    A draft is accepted if its target probability exceeds min(posterior_threshold, posterior_alpha * exp(-entropy));
+    next_token is drawn from the tokens that do. Greedy rows decide greedily.
+    """
+    check_inputs(logits, proposal.tokens, None, sampling.truncation, *uniforms)
+    law = truncate(logits, sampling)
+    limit = jnp.minimum(posterior_threshold, posterior_alpha * jnp.exp(-entropy(law)))
+    limit = jnp.where(law.greedy, 0.0, limit)
+    drafts = jnp.pad(proposal.tokens, ((0, 0), (0, 1)), constant_values=NO_DRAFT)
+    plausible = (drafts != NO_DRAFT) & (probability_of(law, jnp.maximum(drafts, 0)) > limit)
+    num_accepted = _leading(plausible[:, :-1])
+    probs = probabilities(jax.tree.map(lambda field: _at(field, num_accepted), law))
+    limit = jnp.minimum(_at(limit, num_accepted)[:, None], 0.999 * probs.max(axis=-1, keepdims=True))
+    kept = jnp.where(probs > limit, probs, 0.0)
+    return Verdict(num_accepted, draw(kept, _at(uniforms.recover, num_accepted)))
 
 
-def _leading(accepted: jax.Array) -> jax.Array:
-    """int32[B]: how many of bool[B, G] hold before the first that does not."""
-    return jnp.cumprod(accepted.astype(jnp.int32), axis=1).sum(axis=1)
+def relaxed(
+    logits: jax.Array,
+    proposal: Proposal,
+    sampling: SamplingState,
+    uniforms: Uniforms,
+    *,
+    topk: int,
+    probability_delta: float | None = None,
+    log_delta: float | None = None,
+) -> Verdict:
+    """While a row thinks, accepts drafts among the target's best few; other rows match tokens. Lossy.
+
+    A thinking row that samples accepts a draft if it is one of the topk best tokens and its probability before
+    temperature is at least the best one's minus probability_delta (MAX), or its log-probability at least the best one's
+    minus log_delta (TensorRT-LLM). A rejection gives the best token, full acceptance a drawn one.
+    """
+    strict = token_matching(logits, proposal, sampling, uniforms)
+    ones = jnp.ones_like(sampling.temperature)
+    rows = sampling.replace(temperature=ones, top_k=jnp.full_like(sampling.top_k, topk), top_p=ones, min_p=0 * ones)
+    law = truncate(logits, rows)
+    best = local_argmax(logits)
+    token = jnp.maximum(jnp.pad(proposal.tokens, ((0, 0), (0, 1)), constant_values=NO_DRAFT), 0)
+    total = jax.nn.logsumexp(logits, axis=-1)
+    log_prob = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0] - total
+    log_best = logits.max(axis=-1) - total
+    if log_delta is not None:
+        near = log_prob >= log_best - log_delta
+    else:
+        assert probability_delta is not None
+        near = jnp.exp(log_prob) >= jnp.exp(log_best) - probability_delta
+    candidate = near & (probability_of(law, token) > 0)
+    num_accepted = _leading(candidate[:, :-1] & (proposal.tokens != NO_DRAFT))
+    ended = num_accepted == proposal.num_drafts
+    next_token = jnp.where(ended, _draw_at(logits, num_accepted, sampling, uniforms), _at(best, num_accepted))
+    relaxes = sampling.in_thinking_phase & ~sampling.greedy
+    return jax.tree.map(lambda a, b: jnp.where(relaxes, a, b), Verdict(num_accepted, next_token), strict)
+
+
+def synthetic(
+    logits: jax.Array,
+    proposal: Proposal,
+    sampling: SamplingState,
+    uniforms: Uniforms,
+    *,
+    conditional_rates: tuple[float, ...],
+    best_follows: bool,
+) -> Verdict:
+    """Accepts by coins alone, whatever was drafted: for measuring what an acceptance rate would be worth. Lossy.
+
+    Args:
+        conditional_rates: G probabilities; entry i that of accepting draft i after those before it.
+        best_follows: next_token is the target's best (MAX); False draws it as `residual` would (vLLM).
+    """
+    check_inputs(logits, *proposal.drawn, sampling.truncation, *uniforms)
+    num_accepted = _leading((uniforms.accept < jnp.array(conditional_rates)) & (proposal.tokens != NO_DRAFT))
+    if best_follows:
+        return Verdict(num_accepted, _at(local_argmax(logits), num_accepted))
+    # `residual` at that position alone, with a coin that no draft passes.
+    ended, probs = jnp.pad(proposal.tokens, ((0, 0), (0, 1)), constant_values=NO_DRAFT), proposal.probs
+    if probs is not None:
+        probs = _at(jnp.pad(probs, ((0, 0), (0, 1), (0, 0))), num_accepted)[:, None]
+    recovered = rejection_sample(
+        jnp.repeat(_at(logits, num_accepted)[:, None], 2, axis=1),
+        _at(ended, num_accepted)[:, None],
+        probs,
+        jnp.full((num_accepted.size, 1), jnp.inf),
+        jnp.repeat(_at(uniforms.recover, num_accepted)[:, None], 2, axis=1),
+        sampling.truncation,
+    )
+    return Verdict(num_accepted, recovered.next_token)
 
 
 def round_uniforms(sampling: SamplingState, length: jax.Array, num_speculative_tokens: int) -> Uniforms:
-    """The uniforms of the round that begins at length, int32[B]."""
-    return Uniforms(
-        accept=uniforms_at(sampling.key, length, ACCEPT, num_speculative_tokens),
-        recover=uniforms_at(sampling.key, length, RECOVER, 2),
+    """The uniforms of the round that begins at length, int32[B].
+
+    Coins belong to the round. Numbers that draw a token belong to the token's position: whichever round commits it.
+    """
+    positions = length[:, None] + jnp.arange(num_speculative_tokens + 1)
+    recover = jax.vmap(lambda at: uniforms_at(sampling.key, at, RECOVER, 3), in_axes=1, out_axes=1)(positions)
+    return Uniforms(uniforms_at(sampling.key, length, ACCEPT, num_speculative_tokens), recover)
+
+
+def geometric_rates(rate: float, num: int) -> tuple[float, ...]:
+    """MAX's synthetic_acceptance_rate: unconditional rates a, a**2, ... whose mean is rate."""
+    low, high = 0.0, 1.0
+    while high - low > 1e-12:
+        base = (low + high) / 2
+        mean = sum(base ** (i + 1) for i in range(num)) / num
+        low, high = (base, high) if mean < rate else (low, base)
+    return tuple(high ** (i + 1) for i in range(num))
+
+
+def minimum_variance_rates(length: float, num: int) -> tuple[float, ...]:
+    """vLLM's synthetic_acceptance_length: unconditional rates under which length - 1 drafts pass, rounded either way."""
+    return tuple(min(max(length - 1 - i, 0.0), 1.0) for i in range(num))
+
+
+def conditional_rates(rates: tuple[float, ...]) -> tuple[float, ...]:
+    """Unconditional rates P(at least i accepted) -> P(i-th accepted | those before it)."""
+    before = (1.0, *rates[:-1])
+    return tuple(rate / previous if previous > 0 else 0.0 for rate, previous in zip(rates, before, strict=True))
+
+
+def _synthetic_of(config: SpeculativeConfig) -> Rule:
+    num = config.num_speculative_tokens
+    if config.synthetic_acceptance_rate is not None:
+        rates = geometric_rates(config.synthetic_acceptance_rate, num)
+    elif config.synthetic_acceptance_length is not None:
+        rates = minimum_variance_rates(config.synthetic_acceptance_length, num)
+    else:
+        assert config.synthetic_acceptance_rates is not None  # the config holds exactly one of the three
+        rates = config.synthetic_acceptance_rates
+    return functools.partial(
+        synthetic,
+        conditional_rates=conditional_rates(rates),
+        best_follows=config.synthetic_acceptance_rate is not None,
+    )
+
+
+def _relaxed_of(config: SpeculativeConfig) -> Rule:
+    assert config.relaxed_topk is not None  # resolved
+    return functools.partial(
+        relaxed,
+        topk=config.relaxed_topk,
+        probability_delta=config.relaxed_probability_delta,
+        log_delta=config.relaxed_log_delta,
+    )
+
+
+def _medusa_typical_of(config: SpeculativeConfig) -> Rule:
+    assert config.posterior_threshold is not None and config.posterior_alpha is not None  # resolved
+    return functools.partial(
+        medusa_typical, posterior_threshold=config.posterior_threshold, posterior_alpha=config.posterior_alpha
     )
 
 
@@ -122,17 +297,59 @@ class RuleInfo(NamedTuple):
     """A row of the table of rules.
 
     Attributes:
-        rule: the function.
+        build: config -> the rule with the config's parameters.
         lossless: whether the output has exactly the target's (truncated) distribution.
+        needs: what the rule uses besides the target's logits.
         greedy_only: whether every row must have temperature 0.
+        needs_phase: whether rows must know if they are in their thinking phase.
     """
 
-    rule: Rule
+    build: Callable[[SpeculativeConfig], Rule]
     lossless: bool
+    needs: str = "nothing"
     greedy_only: bool = False
+    needs_phase: bool = False
 
 
 RULES: dict[str, RuleInfo] = {
-    "greedy": RuleInfo(greedy, lossless=True, greedy_only=True),
-    "residual": RuleInfo(residual, lossless=True),
+    "greedy": RuleInfo(lambda config: greedy, True, greedy_only=True),
+    "residual": RuleInfo(lambda config: residual, True, "the laws of sampled drafts"),
+    "typical-acceptance": RuleInfo(lambda config: token_matching, True),
+    "strict": RuleInfo(lambda config: token_matching, True),
+    "block": RuleInfo(lambda config: block, True, "the laws of sampled drafts"),
+    "logit-comparison": RuleInfo(lambda config: logit_comparison, False, "the drafter's logits of its drafts"),
+    "medusa-typical": RuleInfo(_medusa_typical_of, False),
+    "relaxed": RuleInfo(_relaxed_of, False, "think tokens in the tokenizer", needs_phase=True),
+    "synthetic": RuleInfo(_synthetic_of, False),
 }
+
+
+def build_rule(config: SpeculativeConfig | None) -> tuple[str, Rule]:
+    """Name and function of a config's rule; without one `residual`, which draws from the target if nothing drafts."""
+    if config is None:
+        return "residual", residual
+    name = config.rejection_sampling_strategy
+    return name, RULES[name].build(config)
+
+
+def _leading(accepted: jax.Array) -> jax.Array:
+    """int32[B]: how many of bool[B, G] hold before the first that does not."""
+    return jnp.cumprod(accepted.astype(jnp.int32), axis=1).sum(axis=1)
+
+
+def _at(x: jax.Array, position: jax.Array) -> jax.Array:
+    """x[b, position[b]] of x[B, T, ...]; x as it is where it has no positions."""
+    return x[jnp.arange(position.size), position] if x.ndim > 1 else x
+
+
+def _draw_at(logits: jax.Array, position: jax.Array, sampling: SamplingState, uniforms: Uniforms) -> jax.Array:
+    """int32[B]: a token from the target's law at one position of each row."""
+    nothing = jnp.zeros((position.size, 0))
+    return rejection_sample(
+        _at(logits, position)[:, None],
+        nothing.astype(jnp.int32),
+        None,
+        nothing,
+        _at(uniforms.recover, position)[:, None],
+        sampling.truncation,
+    ).next_token

@@ -3,12 +3,21 @@
 import doctest
 import math
 import re
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from specjax import config as config_module
-from specjax.config import KEY_ALIASES, NOT_YET, SamplingParams, SpeculativeConfig
+from specjax.config import (
+    DEFAULT_STRATEGY,
+    FLAG_ALIASES,
+    KEY_ALIASES,
+    NOT_YET,
+    RejectionSamplingStrategy,
+    SamplingParams,
+    SpeculativeConfig,
+)
 from specjax.errors import ConfigError
 
 
@@ -18,6 +27,18 @@ def draft(**values):
 
 def ngram(**values):
     return SpeculativeConfig(method="ngram", **values)
+
+
+def synthetic(**values):
+    return draft(rejection_sampling_strategy="synthetic", **values)
+
+
+def relaxed(**values):
+    return draft(rejection_sampling_strategy="relaxed", **values)
+
+
+def medusa_typical(**values):
+    return ngram(rejection_sampling_strategy="medusa-typical", **values)
 
 
 def refusal(make, *args, **values) -> str:
@@ -116,6 +137,7 @@ def test_an_ngram_config_has_these_defaults():
         "prompt_lookup_min": 5,
         "prompt_lookup_max": 5,
         "rejection_sampling_strategy": "residual",
+        **{field: None for fields in SpeculativeConfig.STRATEGY_FIELDS.values() for field in fields},
         "enforce_eager": False,
     }
 
@@ -131,6 +153,7 @@ def test_a_draft_model_config_has_these_defaults():
         "prompt_lookup_min": None,
         "prompt_lookup_max": None,
         "rejection_sampling_strategy": "residual",
+        **{field: None for fields in SpeculativeConfig.STRATEGY_FIELDS.values() for field in fields},
         "enforce_eager": False,
     }
 
@@ -173,7 +196,10 @@ def test_one_ngram_size_sets_both(given, resolved):
         ("prompt_lookup_min", 0, "an integer >= 1 and <= prompt_lookup_max"),
         ("prompt_lookup_max", 0, "an integer >= 1 and >= prompt_lookup_min"),
         ("draft_sample_method", "random", "'greedy' or 'probabilistic'"),
-        ("rejection_sampling_strategy", "lossy", "'greedy' or 'residual'"),
+        ("rejection_sampling_strategy", "lossy", "'greedy', 'residual', 'typical-acceptance'"),
+        ("rejection_sampling_strategy", "", "'greedy', 'residual', 'typical-acceptance'"),
+        ("rejection_sampling_strategy", 3, "'greedy', 'residual', 'typical-acceptance'"),
+        ("rejection_sampling_strategy", ["greedy"], "'greedy', 'residual', 'typical-acceptance'"),
         ("enforce_eager", "perhaps", "True or False"),
         ("config_file", "", "the path of a YAML file"),
     ],
@@ -223,14 +249,280 @@ def test_sampled_ngram_drafts_are_refused():
     )
 
 
+# Acceptance rules
+
+
+@pytest.mark.parametrize("config", [ngram(), draft()])
+def test_every_method_has_a_default_rule(config):
+    assert config.rejection_sampling_strategy == DEFAULT_STRATEGY[config.method] == "residual"
+    assert set(DEFAULT_STRATEGY) == set(SpeculativeConfig.METHOD_FIELDS)
+
+
+@pytest.mark.parametrize("rule", get_args(RejectionSamplingStrategy))
+def test_every_rule_is_selected_by_name(rule):
+    needed = {"synthetic_acceptance_rate": 0.5} if rule == "synthetic" else {}
+    assert draft(rejection_sampling_strategy=rule, **needed).rejection_sampling_strategy == rule
+
+
 @pytest.mark.parametrize("field", ["rejection_sampling_strategy", "rejection_sample_method"])
 @pytest.mark.parametrize("value", ["residual", "probabilistic", "standard"])
 def test_every_name_of_the_residual_rule_selects_it(field, value):
     assert ngram(**{field: value}).rejection_sampling_strategy == "residual"
 
 
-def test_the_greedy_rule_is_selected_by_name():
-    assert ngram(rejection_sampling_strategy="greedy").uses_greedy_rejection()
+@pytest.mark.parametrize("value", ["strict", "block", "synthetic"])
+def test_rules_of_vllm_are_selected_by_its_name_of_the_field(value):
+    needed = {"synthetic_acceptance_length": 2} if value == "synthetic" else {}
+    assert ngram(rejection_sample_method=value, **needed).rejection_sampling_strategy == value
+
+
+def test_a_misspelt_rule_is_refused_with_the_nearest():
+    message = refusal(ngram, rejection_sampling_strategy="typical_acceptance")
+    assert "SpeculativeConfig.rejection_sampling_strategy='typical_acceptance'" in message
+    assert "did you mean 'typical-acceptance'?" in message and "'synthetic'" in message
+
+
+@pytest.mark.parametrize(
+    "field, text, value",
+    [
+        ("synthetic_acceptance_rate", "0.5", 0.5),
+        ("synthetic_acceptance_rates", ["0.5", 0], (0.5, 0.0)),
+        ("synthetic_acceptance_rates", (1, 1), (1.0, 1.0)),
+        ("synthetic_acceptance_rates", np.array([1.0, 0.25]), (1.0, 0.25)),
+        ("synthetic_acceptance_length", "2.5", 2.5),
+        ("synthetic_acceptance_length", 1, 1.0),
+        ("synthetic_acceptance_length", 3, 3.0),
+    ],
+)
+def test_each_synthetic_field_says_how_much_is_accepted(field, text, value):
+    config = synthetic(**{field: text})
+    assert {name: getattr(config, name) for name in config.STRATEGY_FIELDS["synthetic"]} == {
+        **dict.fromkeys(config.STRATEGY_FIELDS["synthetic"]),
+        field: value,
+    }
+
+
+def test_a_mean_rate_alone_selects_synthetic_acceptance():
+    assert draft(synthetic_acceptance_rate=0) == synthetic(synthetic_acceptance_rate=0.0)
+    assert ngram(synthetic_acceptance_rate=0.7).rejection_sampling_strategy == "synthetic"
+
+
+@pytest.mark.parametrize(
+    "field, value", [("synthetic_acceptance_rates", [0.5, 0.5]), ("synthetic_acceptance_length", 2)]
+)
+def test_rates_or_a_length_alone_are_refused_with_the_rule_to_set(field, value):
+    message = refusal(ngram, **{field: value})
+    assert f"SpeculativeConfig.{field}={value!r}: expected" in message
+    assert "set rejection_sampling_strategy='synthetic'" in message
+
+
+def test_synthetic_acceptance_without_a_rate_is_refused_with_the_three_ways_to_give_one():
+    message = refusal(synthetic)
+    assert "SpeculativeConfig.rejection_sampling_strategy='synthetic'" in message
+    assert all(field in message for field in SpeculativeConfig.STRATEGY_FIELDS["synthetic"])
+
+
+@pytest.mark.parametrize(
+    "make, first, second",
+    [
+        (draft, {"synthetic_acceptance_rate": 0.5}, {"synthetic_acceptance_rates": [0.5, 0.5]}),
+        (synthetic, {"synthetic_acceptance_rate": 0.5}, {"synthetic_acceptance_rates": [0.5, 0.5]}),
+        (synthetic, {"synthetic_acceptance_rate": 0.5}, {"synthetic_acceptance_length": 2}),
+        (synthetic, {"synthetic_acceptance_rates": [0.5, 0.5]}, {"synthetic_acceptance_length": 2}),
+    ],
+)
+def test_two_synthetic_fields_are_refused_together(make, first, second):
+    message = refusal(make, **first, **second)
+    ((one, value),), ((other, wrong),) = first.items(), second.items()
+    assert f"SpeculativeConfig.{other}={wrong!r}" in message and f"{one}={value!r} is given too" in message
+
+
+@pytest.mark.parametrize("value", [[0.5], [0.9, 0.8, 0.7], [], [0.4, 0.5], 0.5, "0.5", [0.5, "half"]])
+def test_rates_that_are_not_one_for_each_draft_and_falling_are_refused(value):
+    message = refusal(synthetic, synthetic_acceptance_rates=value)
+    assert re.search(r"SpeculativeConfig\.synthetic_acceptance_rates(\[1\]='half'|=)", message)
+    assert "expected a list of num_speculative_tokens numbers in [0, 1], none larger" in message
+
+
+@pytest.mark.parametrize("value", [1.1, -0.1, math.nan, math.inf, True, None])
+def test_a_rate_that_is_no_rate_is_refused_with_its_place(value):
+    message = refusal(synthetic, synthetic_acceptance_rates=[1, value])
+    assert f"SpeculativeConfig.synthetic_acceptance_rates[1]={value!r}: expected a list of" in message
+
+
+def test_rates_are_counted_against_the_drafts_of_a_copy():
+    config = synthetic(synthetic_acceptance_rates=[0.5, 0.5])
+    assert "synthetic_acceptance_rates=(0.5, 0.5)" in refusal(config.model_copy, update={"num_speculative_tokens": 3})
+    longer = {"num_speculative_tokens": 3, "synthetic_acceptance_rates": [0.5, 0.5, 0]}
+    assert config.model_copy(update=longer) == synthetic(**longer)
+
+
+def test_a_wrong_count_of_drafts_is_not_blamed_on_the_rates():
+    message = refusal(synthetic, num_speculative_tokens=0, synthetic_acceptance_rates=[0.5])
+    assert "num_speculative_tokens=0" in message and "synthetic_acceptance_rates" not in message
+
+
+@pytest.mark.parametrize("num_drafts, longest", [(1, 2), (4, 5)])
+def test_a_synthetic_length_is_at_most_a_full_round(num_drafts, longest):
+    values = {"num_speculative_tokens": num_drafts, "synthetic_acceptance_length": longest}
+    assert synthetic(**values).synthetic_acceptance_length == longest
+    message = refusal(synthetic, **{**values, "synthetic_acceptance_length": longest + 0.1})
+    assert f"SpeculativeConfig.synthetic_acceptance_length={longest + 0.1}: expected a number in [1, num_" in message
+
+
+def test_relaxed_acceptance_has_the_defaults_of_max():
+    config = relaxed()
+    assert (config.relaxed_topk, config.relaxed_probability_delta, config.relaxed_log_delta) == (10, 0.6, None)
+
+
+@pytest.mark.parametrize("field", ["relaxed_delta", "relaxed_probability_delta"])
+def test_the_delta_of_max_is_a_difference_of_probabilities(field):
+    config = relaxed(relaxed_topk="3", **{field: "0.25"})
+    assert (config.relaxed_topk, config.relaxed_probability_delta, config.relaxed_log_delta) == (3, 0.25, None)
+
+
+def test_a_difference_of_log_probabilities_replaces_that_of_probabilities():
+    config = relaxed(relaxed_log_delta="1.5")
+    assert (config.relaxed_probability_delta, config.relaxed_log_delta) == (None, 1.5)
+
+
+def test_two_deltas_are_refused_together():
+    message = refusal(relaxed, relaxed_delta=0.5, relaxed_log_delta=1)
+    assert "SpeculativeConfig.relaxed_log_delta=1: expected" in message
+    assert "relaxed_probability_delta=0.5" in message and "one of the two" in message
+
+
+def test_one_delta_is_exchanged_for_the_other_in_a_copy():
+    update = {"relaxed_probability_delta": None, "relaxed_log_delta": 1}
+    assert relaxed().model_copy(update=update) == relaxed(relaxed_log_delta=1)
+
+
+@pytest.mark.parametrize("flag", [True, "true", 1])
+def test_the_flag_of_max_selects_relaxed_acceptance(flag):
+    assert draft(use_relaxed_acceptance_for_thinking=flag) == relaxed()
+    assert relaxed(use_relaxed_acceptance_for_thinking=flag) == relaxed()
+
+
+@pytest.mark.parametrize("flag", [False, None, "false"])
+def test_a_false_flag_of_max_means_nothing(flag):
+    assert draft(use_relaxed_acceptance_for_thinking=flag) == draft()
+    assert relaxed(use_relaxed_acceptance_for_thinking=flag) == relaxed()
+
+
+@pytest.mark.parametrize("field", ["rejection_sampling_strategy", "rejection_sample_method"])
+@pytest.mark.parametrize("flag_first", [True, False])
+def test_the_flag_of_max_with_another_rule_is_refused_with_both(field, flag_first):
+    values = {"use_relaxed_acceptance_for_thinking": True, field: "strict"}
+    message = refusal(draft, **(values if flag_first else dict(reversed(values.items()))))
+    assert "use_relaxed_acceptance_for_thinking=True" in message and f"{field}='strict'" in message
+
+
+def test_a_flag_that_is_no_flag_is_refused():
+    message = refusal(draft, use_relaxed_acceptance_for_thinking="perhaps")
+    assert "SpeculativeConfig.use_relaxed_acceptance_for_thinking='perhaps': expected True or False" in message
+    with pytest.raises(ConfigError) as caught:
+        draft(use_relaxed_acceptance_for_thinking="perhaps")
+    assert caught.value.__context__ is None
+
+
+def test_a_misspelt_flag_is_refused_with_the_nearest():
+    assert "did you mean 'use_relaxed_acceptance_for_thinking'?" in refusal(draft, use_relaxed_acceptance=True)
+
+
+def test_medusa_typical_acceptance_has_the_defaults_of_medusa():
+    assert (medusa_typical().posterior_threshold, medusa_typical().posterior_alpha) == (0.09, 0.3)
+    config = medusa_typical(posterior_threshold="0.2", posterior_alpha=2)
+    assert (config.posterior_threshold, config.posterior_alpha) == (0.2, 2.0)
+
+
+@pytest.mark.parametrize(
+    "make, field, values, expected",
+    [
+        (synthetic, "synthetic_acceptance_rate", [-0.1, 1.1, math.nan, "half", True], "a number in [0, 1]"),
+        (
+            synthetic,
+            "synthetic_acceptance_length",
+            [0.9, 3.1, math.inf, math.nan, "long", True],
+            "a number in [1, num_speculative_tokens + 1], in tokens",
+        ),
+        (relaxed, "relaxed_topk", [0, -1, 1.5, math.nan, "all", True], "an integer >= 1, in tokens"),
+        (relaxed, "relaxed_probability_delta", [-0.1, 1.1, math.nan, "all", True], "a number in [0, 1]"),
+        (relaxed, "relaxed_log_delta", [-0.1, math.nan, math.inf, "all", True], "a finite number >= 0"),
+        (medusa_typical, "posterior_threshold", [0, -1, 1.1, math.nan, "all", True], "a number in (0, 1]"),
+        (medusa_typical, "posterior_alpha", [0, -1, math.nan, math.inf, "all", True], "a finite number > 0"),
+    ],
+)
+def test_a_wrong_value_for_a_rule_is_refused_by_name_with_what_was_expected(make, field, values, expected):
+    for value in values:
+        assert f"SpeculativeConfig.{field}={value!r}: expected {expected}" in refusal(make, **{field: value})
+
+
+@pytest.mark.parametrize(
+    "owner, field, rule",
+    [
+        (owner, field, rule)
+        for owner, fields in SpeculativeConfig.STRATEGY_FIELDS.items()
+        for field in fields
+        for rule in ["residual", "greedy", "relaxed", "medusa-typical", "synthetic"]
+        if rule != owner
+    ],
+)
+def test_fields_of_one_rule_are_refused_for_another(owner, field, rule):
+    values = {"synthetic_acceptance_length": 2} if rule == "synthetic" else {}
+    message = refusal(draft, rejection_sampling_strategy=rule, **values, **{field: 1})
+    assert f"SpeculativeConfig.{field}=1: expected" in message
+    assert f"means nothing for rejection_sampling_strategy={rule!r}" in message
+    assert f"set rejection_sampling_strategy={owner!r}" in message
+
+
+def test_fields_of_a_rule_are_refused_where_no_rule_is_given():
+    assert "set rejection_sampling_strategy='relaxed'" in refusal(draft, relaxed_topk=3)
+    assert "set rejection_sampling_strategy='medusa-typical'" in refusal(ngram, posterior_alpha=0.3)
+
+
+def test_logits_of_ngram_drafts_are_not_compared():
+    message = refusal(ngram, rejection_sampling_strategy="logit-comparison")
+    assert "SpeculativeConfig.rejection_sampling_strategy='logit-comparison'" in message
+    assert "use method='draft_model' or another rule" in message
+
+
+def test_relaxed_drafts_are_the_most_probable_tokens():
+    assert relaxed().draft_sample_method == relaxed(draft_sample_method="greedy").draft_sample_method == "greedy"
+    message = refusal(relaxed, draft_sample_method="probabilistic")
+    assert "SpeculativeConfig.draft_sample_method='probabilistic'" in message
+    assert "rejection_sampling_strategy='relaxed'" in message and "give 'greedy'" in message
+
+
+RULED = [
+    synthetic(synthetic_acceptance_rate=0.7),
+    synthetic(synthetic_acceptance_rates=[0.7, 0.2]),
+    synthetic(synthetic_acceptance_length=2.5),
+    relaxed(),
+    relaxed(relaxed_topk=3),
+    relaxed(relaxed_delta=0.1),
+    relaxed(relaxed_log_delta=0.1),
+    draft(rejection_sampling_strategy="medusa-typical"),
+    draft(rejection_sampling_strategy="medusa-typical", posterior_threshold=0.2),
+    draft(rejection_sampling_strategy="medusa-typical", posterior_alpha=0.2),
+    draft(rejection_sampling_strategy="strict"),
+    draft(rejection_sampling_strategy="typical-acceptance"),
+    draft(rejection_sampling_strategy="logit-comparison"),
+    draft(rejection_sampling_strategy="block"),
+    draft(rejection_sampling_strategy="greedy"),
+    draft(),
+]
+
+
+@pytest.mark.parametrize("config", RULED)
+def test_a_rule_survives_a_copy_and_a_dump(config):
+    assert config.model_copy(update={"max_model_len": None}) == config == config.model_copy()
+    assert SpeculativeConfig(**config.model_dump()) == config
+    assert SpeculativeConfig(**config.model_dump(mode="json")) == config
+    assert config.model_copy(update={"num_speculative_tokens": 2}).compute_hash() == config.compute_hash()
+
+
+def test_every_rule_and_every_field_of_one_gives_another_hash():
+    assert len({config.compute_hash() for config in RULED}) == len(set(RULED)) == len(RULED)
 
 
 # What is not in this version
@@ -243,11 +535,6 @@ def test_what_is_not_in_this_version_is_refused_with_its_feature(entry):
     message = refusal(SpeculativeConfig, **values)
     assert f"SpeculativeConfig.{field}={values[field]!r}" in message
     assert "not in this version of SpecJAX yet" in message and NOT_YET[entry] in message
-
-
-@pytest.mark.parametrize("value", ["strict", "block", "synthetic"])
-def test_rules_of_vllm_that_are_not_in_this_version_are_refused(value):
-    assert "not in this version of SpecJAX yet" in refusal(ngram, rejection_sample_method=value)
 
 
 @pytest.mark.parametrize("method", ["deepseek_mtp", "qwen3_next_mtp"])
@@ -284,8 +571,9 @@ def test_every_field_of_the_two_surfaces_is_known():
         prompt_lookup_max prompt_lookup_min speculative_token_tree parallel_drafting suffix_decoding_max_tree_depth
         suffix_decoding_max_cached_requests suffix_decoding_max_spec_factor suffix_decoding_min_token_prob
         rejection_sample_method synthetic_acceptance_rates synthetic_acceptance_length
+        use_relaxed_acceptance_for_thinking relaxed_topk relaxed_delta
     """
-    assert set(surface.split()) <= {*SpeculativeConfig.model_fields, *KEY_ALIASES, *NOT_YET}
+    assert set(surface.split()) <= {*SpeculativeConfig.model_fields, *KEY_ALIASES, *FLAG_ALIASES, *NOT_YET}
 
 
 # Where values come from
@@ -310,6 +598,40 @@ def test_an_argument_wins_over_a_file_that_uses_another_name(write_yaml):
         config_file=path, method="standalone", model="small", rejection_sampling_strategy="greedy"
     )
     assert config.is_standalone() and config.uses_greedy_rejection()
+
+
+def test_a_list_of_rates_is_read_from_a_file(write_yaml):
+    path = write_yaml(
+        "method: ngram\nnum_speculative_tokens: 3\nrejection_sample_method: synthetic\n"
+        "synthetic_acceptance_rates:\n  - 0.9\n  - '0.5'\n  - 0\n"
+    )
+    assert SpeculativeConfig(config_file=path).synthetic_acceptance_rates == (0.9, 0.5, 0.0)
+
+
+def test_a_mean_rate_in_a_file_selects_synthetic_acceptance(write_yaml):
+    path = write_yaml("method: ngram\nsynthetic_acceptance_rate: 0.5\n")
+    assert SpeculativeConfig(config_file=path).rejection_sampling_strategy == "synthetic"
+
+
+def test_a_flag_of_max_is_read_from_a_file_and_arguments_win_over_it(write_yaml):
+    path = write_yaml("method: ngram\nuse_relaxed_acceptance_for_thinking: true\n")
+    assert SpeculativeConfig(config_file=path).rejection_sampling_strategy == "relaxed"
+    assert SpeculativeConfig(config_file=path, rejection_sample_method="strict").rejection_sampling_strategy == "strict"
+    off = SpeculativeConfig(config_file=path, use_relaxed_acceptance_for_thinking=False)
+    assert off.rejection_sampling_strategy == "residual"
+
+
+def test_a_flag_of_max_among_the_arguments_wins_over_the_rule_of_a_file(write_yaml):
+    path = write_yaml("method: ngram\nrejection_sampling_strategy: strict\n")
+    config = SpeculativeConfig(config_file=path, use_relaxed_acceptance_for_thinking=True)
+    assert config.rejection_sampling_strategy == "relaxed"
+
+
+def test_a_flag_of_max_and_another_rule_in_a_file_are_refused_with_the_file(write_yaml):
+    path = write_yaml("use_relaxed_acceptance_for_thinking: yes\nrejection_sampling_strategy: strict\nmethod: ngram\n")
+    message = refusal(SpeculativeConfig, config_file=path)
+    assert f"rejection_sampling_strategy='strict' (in {path})" in message
+    assert "use_relaxed_acceptance_for_thinking=True" in message
 
 
 def test_one_section_of_a_file_is_read(write_yaml):
@@ -399,6 +721,12 @@ PREDICATES = [
         (draft(), {"is_standalone", "uses_draft_model"}),
         (ngram(), {"use_ngram_gpu"}),
         (ngram(rejection_sampling_strategy="greedy"), {"use_ngram_gpu", "uses_greedy_rejection"}),
+        (
+            draft(rejection_sampling_strategy="logit-comparison"),
+            {"is_standalone", "uses_draft_model", "uses_logit_comparison"},
+        ),
+        (ngram(rejection_sampling_strategy="typical-acceptance"), {"use_ngram_gpu", "uses_typical_acceptance"}),
+        (ngram(rejection_sampling_strategy="medusa-typical"), {"use_ngram_gpu"}),
     ],
 )
 def test_predicates_tell_what_was_configured(config, true):
@@ -410,6 +738,7 @@ def test_predicates_tell_what_was_configured(config, true):
     [
         {"num_speculative_tokens": 3},
         {"rejection_sampling_strategy": "greedy"},
+        {"synthetic_acceptance_rate": 0.5},
         {"draft_sample_method": "greedy"},
         {"max_model_len": 64},
         {"revision": "v2"},
@@ -426,7 +755,7 @@ def test_the_hash_is_the_same_for_the_same_graph():
         ngram().compute_hash()
         == SpeculativeConfig(model="ngram", enforce_eager=True, prompt_lookup_min=5).compute_hash()
     )
-    assert ngram().compute_hash() == "6defb0b9afa307ae"  # stable between processes and machines
+    assert ngram().compute_hash() == "64d9821b40f34aba"  # stable between processes and machines
 
 
 # Both classes
@@ -449,7 +778,9 @@ def test_a_copy_changes_what_it_is_told_and_is_validated():
     assert "max_tokens=0" in refusal(SamplingParams().model_copy, update={"max_tokens": 0})
 
 
-@pytest.mark.parametrize("settings", [ngram(), draft(), SamplingParams()])
+@pytest.mark.parametrize(
+    "settings", [ngram(), draft(), relaxed(), SamplingParams(), SamplingParams(logit_bias={7: 1}, presence_penalty=1)]
+)
 def test_a_mapping_is_validated_like_arguments(settings):
     kind = type(settings)
     assert kind.model_validate(settings.model_dump()) == settings
@@ -485,6 +816,10 @@ def test_the_example_in_the_docstring_holds(name):
 
 def test_sampling_parameters_have_these_defaults():
     assert SamplingParams().model_dump() == {
+        "logit_bias": (),
+        "repetition_penalty": 1.0,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0.0,
         "temperature": 0.0,
         "top_k": 0,
         "top_p": 1.0,
@@ -493,6 +828,7 @@ def test_sampling_parameters_have_these_defaults():
         "stop": (),
         "stop_token_ids": (),
         "ignore_eos": False,
+        "logprobs": False,
         "seed": 0,
     }
 
@@ -507,6 +843,11 @@ def test_sampling_parameters_have_these_defaults():
         ("max_tokens", "16", 16),
         ("stop_token_ids", ["2", 3], (2, 3)),
         ("ignore_eos", "true", True),
+        ("logit_bias", {"50256": "-100"}, ((50256, -100.0),)),
+        ("repetition_penalty", "1.2", 1.2),
+        ("frequency_penalty", "-2", -2.0),
+        ("presence_penalty", "0.5", 0.5),
+        ("logprobs", "true", True),
         ("seed", "7", 7),
     ],
 )
@@ -539,6 +880,45 @@ def test_stop_is_stored_as_a_tuple(stop, stored):
     assert SamplingParams(stop=stop).stop == stored
 
 
+@pytest.mark.parametrize(
+    "biases",
+    [{9: 1, "2": -1.5}, {"9": "1", 2: -1.5}, [(9, 1), (2, -1.5)], [["2", -1.5], ["9", 1]], ((2, -1.5), (9, 1.0))]
+    + [{np.int64(9): np.float32(1), 2: -1.5}],
+)
+def test_biases_are_stored_as_pairs_in_the_order_of_the_tokens(biases):
+    assert SamplingParams(logit_bias=biases).logit_bias == ((2, -1.5), (9, 1.0))
+
+
+@pytest.mark.parametrize("biases", [None, {}, [], ()])
+def test_no_biases_are_stored_as_none(biases):
+    assert SamplingParams(logit_bias=biases) == SamplingParams()
+
+
+def test_parameters_with_biases_are_hashable_and_survive_a_copy_and_a_dump():
+    params = SamplingParams(logit_bias={9: 1, 2: -1.5}, repetition_penalty=1.1, logprobs=True)
+    assert hash(params) == hash(SamplingParams(logit_bias=[(2, -1.5), (9, 1)], repetition_penalty=1.1, logprobs=True))
+    assert params.model_copy(update={"seed": 0}) == params == SamplingParams(**params.model_dump(mode="json"))
+    assert params.model_copy(update={"logit_bias": None, "repetition_penalty": 1, "logprobs": False}) == (
+        SamplingParams()
+    )
+
+
+@pytest.mark.parametrize(
+    "values, adjusted",
+    [
+        ({}, False),
+        ({"temperature": 0.5, "top_k": 3, "top_p": 0.5, "min_p": 0.1, "logprobs": True}, False),
+        ({"repetition_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {3: 0}}, False),
+        ({"repetition_penalty": 0.9}, True),
+        ({"frequency_penalty": -0.1}, True),
+        ({"presence_penalty": 0.1}, True),
+        ({"logit_bias": {3: 0, 4: -1}}, True),
+    ],
+)
+def test_any_active_bias_or_penalty_adjusts_the_logits(values, adjusted):
+    assert SamplingParams(**values).adjusts_logits is adjusted
+
+
 def test_no_seed_is_seed_zero_and_the_largest_is_accepted():
     assert SamplingParams(seed=None).seed == 0
     assert SamplingParams(seed=2**63 - 1).seed == 2**63 - 1
@@ -568,6 +948,23 @@ def test_no_seed_is_seed_zero_and_the_largest_is_accepted():
         ("stop", 3, "a non-empty text or a list of them"),
         ("stop_token_ids", 3, "a list of integers >= 0"),
         ("ignore_eos", 3, "True or False"),
+        ("logprobs", 5, "True or False"),
+        ("logprobs", None, "True or False"),
+        ("repetition_penalty", 0, "a finite number > 0"),
+        ("repetition_penalty", -1, "a finite number > 0"),
+        ("repetition_penalty", math.inf, "a finite number > 0"),
+        ("repetition_penalty", math.nan, "a finite number > 0"),
+        ("repetition_penalty", True, "a finite number > 0"),
+        ("frequency_penalty", 2.1, "a number in [-2, 2]"),
+        ("frequency_penalty", math.nan, "a number in [-2, 2]"),
+        ("frequency_penalty", "much", "a number in [-2, 2]"),
+        ("presence_penalty", -2.1, "a number in [-2, 2]"),
+        ("presence_penalty", math.nan, "a number in [-2, 2]"),
+        ("presence_penalty", True, "a number in [-2, 2]"),
+        ("logit_bias", 3, "a mapping of token ids >= 0 to numbers in [-100, 100], no id twice"),
+        ("logit_bias", "3", "a mapping of token ids >= 0 to numbers in [-100, 100], no id twice"),
+        ("logit_bias", {"3": 1, 3: 2}, "a mapping of token ids >= 0 to numbers in [-100, 100], no id twice"),
+        ("logit_bias", [(3, 1), (3, 1)], "a mapping of token ids >= 0 to numbers in [-100, 100], no id twice"),
         ("seed", -1, "an integer in [0, 2**63)"),
         ("seed", 2**63, "an integer in [0, 2**63)"),
         ("seed", 0.5, "an integer in [0, 2**63)"),
@@ -588,6 +985,27 @@ def test_a_stop_token_id_that_is_no_id_is_refused(value):
     assert f"SamplingParams.stop_token_ids[0]={value[0]!r}: expected a list of" in refusal(
         SamplingParams, stop_token_ids=value
     )
+
+
+@pytest.mark.parametrize(
+    "biases, place",
+    [
+        ({-1: 1}, "[0][0]=-1"),
+        ({"the": 1}, "[0][0]='the'"),
+        ({1.5: 1}, "[0][0]=1.5"),
+        ({True: 1}, "[0][0]=True"),
+        ({3: 1, 4: 100.1}, "[1][1]=100.1"),
+        ({3: -101}, "[0][1]=-101"),
+        ({3: math.nan}, "[0][1]=nan"),
+        ({3: True}, "[0][1]=True"),
+        ({3: None}, "[0][1]=None"),
+        ({3: "much"}, "[0][1]='much'"),
+        ([3], "[0]=3"),
+    ],
+)
+def test_a_token_or_a_bias_that_is_wrong_is_refused_with_its_place(biases, place):
+    message = refusal(SamplingParams, logit_bias=biases)
+    assert f"SamplingParams.logit_bias{place}: expected a mapping of token ids >= 0 to numbers" in message
 
 
 def test_an_unknown_sampling_parameter_is_refused_with_the_nearest_name():

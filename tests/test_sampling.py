@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from laws import RowParams, truncated
 
+from pallas_kernels.rejection_sampling import xla
+from pallas_kernels.rejection_sampling.base import CHUNK, LANES
 from specjax import sampling
 from specjax.sampling import SamplingState
 
@@ -30,15 +32,12 @@ def state_of(rows, seeds=None):
         top_k=jnp.array([row.top_k for row in rows], jnp.int32),
         top_p=jnp.array([row.top_p for row in rows], jnp.float32),
         min_p=jnp.array([row.min_p for row in rows], jnp.float32),
-        key=jnp.stack([jax.random.key(seed) for seed in seeds]),
+        key=jax.vmap(jax.random.key)(jnp.array(list(seeds))),
     )
 
 
 def all_probabilities(logits, rows):
-    law = sampling.truncate(jnp.asarray(logits, jnp.float32), state_of(rows))
-    positions = range(logits.shape[1])
-    at = [sampling.probabilities_at(law, jnp.full(len(rows), position)) for position in positions]
-    return np.stack(at, axis=1)
+    return np.asarray(sampling.probabilities(sampling.truncate(jnp.asarray(logits, jnp.float32), state_of(rows))))
 
 
 @pytest.mark.exact
@@ -84,46 +83,49 @@ def test_minus_infinity_logits_have_no_probability_under_any_cut():
 def test_probability_of_a_token_is_its_entry_in_the_distribution():
     logits = np.random.RandomState(1).randn(len(PARAMS), 4, 30).astype(np.float32)
     tokens = jnp.asarray(np.random.RandomState(2).randint(0, 30, (len(PARAMS), 3)))
-    law = sampling.truncate(jnp.asarray(logits), state_of(PARAMS))
+    law = sampling.truncate(jnp.asarray(logits[:, :3]), state_of(PARAMS))
     whole = all_probabilities(logits, PARAMS)
     picked = np.take_along_axis(whole[:, :3], np.asarray(tokens)[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(sampling.probability_of(law, tokens), picked, atol=1e-7)
 
 
 @pytest.mark.exact
-@pytest.mark.parametrize("vocab_size", [3, 127, 128, 129, 1000])
-def test_the_interval_of_uniforms_that_draws_a_token_is_as_long_as_its_probability(vocab_size):
-    """Both uniforms are integrated exactly: every boundary of the very function is found by bisection."""
+@pytest.mark.parametrize("vocab_size", [3, 129, 2049, 5000])
+def test_the_box_of_uniforms_that_draws_a_token_is_as_large_as_its_probability(vocab_size):
+    """The three uniforms are integrated exactly: every boundary of the very function is found by bisection."""
     rng = np.random.RandomState(vocab_size)
     weights = np.where(rng.rand(vocab_size) < 0.3, 0.0, rng.rand(vocab_size)).astype(np.float32)
     weights[rng.randint(vocab_size)] = 1.0
-    blocks = -(-vocab_size // sampling.DRAW_BLOCK)
+    one_row = jax.vmap(lambda uniforms: sampling.draw(jnp.asarray(weights)[None], uniforms[None])[0])
+    draw = jax.jit(lambda uniforms: jax.lax.map(one_row, uniforms[:, None])[:, 0])
 
-    def drawn(first, second):
-        uniforms = jnp.stack([jnp.asarray(first, jnp.float32), jnp.asarray(second, jnp.float32)], axis=1)
-        return np.asarray(sampling.draw(jnp.broadcast_to(jnp.asarray(weights), (len(first), vocab_size)), uniforms))
+    def shares(prefix, size, num):
+        """For i < num the share of the next uniform that leads to the i-th piece of so many tokens, and its middle."""
+        pieces = np.arange(num)
 
-    def boundaries(below, num):
-        """For i = 0 .. num - 1 the smallest u at which the value exceeds i."""
+        def beyond(uniform):
+            rest = np.zeros((num, 2 - len(prefix)))
+            uniforms = np.concatenate([np.tile(prefix, (num, 1)), uniform[:, None], rest], axis=1)
+            return np.asarray(draw(uniforms.astype(np.float32))) // size % num > pieces
+
         low, high = np.zeros(num), np.ones(num)
-        for _ in range(26):
+        for _ in range(25):
             middle = (low + high) / 2
-            inside = below(middle)
-            low, high = np.where(inside, middle, low), np.where(inside, high, middle)
-        return low
+            above = beyond(middle)
+            low, high = np.where(above, low, middle), np.where(above, middle, high)
+        edges = np.concatenate([[0], low])
+        return np.diff(edges), (edges[1:] + edges[:-1]) / 2
 
-    block_of = np.arange(blocks)
-    edges = boundaries(lambda u: drawn(u, np.zeros(blocks)) // sampling.DRAW_BLOCK <= block_of, blocks)
-    block_mass = np.diff(edges, prepend=0)
-    law = np.zeros(vocab_size)
-    for block in range(blocks):
-        if block_mass[block] < 1e-6:
-            continue
-        first = edges[block] - block_mass[block] / 2
-        tokens = np.arange(block * sampling.DRAW_BLOCK, min((block + 1) * sampling.DRAW_BLOCK, vocab_size))
-        inner = boundaries(lambda u, f=first, t=tokens: drawn(np.full(t.size, f), u) <= t, tokens.size)
-        law[tokens] = np.diff(inner, prepend=0) * block_mass[block]
-    np.testing.assert_allclose(law, weights / weights.sum(), atol=2e-6)
+    expected = np.zeros(-(-vocab_size // CHUNK) * CHUNK)
+    expected[:vocab_size] = weights / weights.sum(dtype=np.float64)
+    for chunk, (mass, middle) in enumerate(zip(*shares([], CHUNK, expected.size // CHUNK), strict=True)):
+        begin = chunk * CHUNK
+        parts, within = shares([middle], LANES, CHUNK // LANES)
+        by_block = expected[begin : begin + CHUNK].reshape(-1, LANES)
+        np.testing.assert_allclose(mass * parts, by_block.sum(axis=1), atol=2e-6)
+        block = np.flatnonzero(by_block.sum(axis=1))[-1]  # the last one that has any token, and perhaps not 128
+        lanes = shares([middle, within[block]], 1, LANES)[0]
+        np.testing.assert_allclose(mass * parts[block] * lanes, by_block[block], atol=2e-6)
 
 
 def test_a_top_p_that_rounds_to_zero_keeps_the_best_token():
@@ -139,15 +141,15 @@ def test_no_token_of_zero_weight_is_drawn_where_a_parallel_sum_rounds():
     for shift in (-1e-7, 0.0, 1e-7):
         for column in range(0, marks.shape[1], 9):
             uniform = jnp.asarray(np.clip(marks[:, column] + shift, 0, 1 - 1e-7).astype(np.float32))
-            index = sampling._invert(weights, uniform)
+            index = xla._invert(weights, uniform)
             assert (weights[jnp.arange(8), index] > 0).all()
 
 
 def test_the_largest_uniform_never_draws_a_token_of_no_weight():
     weights = jnp.array([[0.0, 1e-30, 1.0, 1e-30, 0.0, 0.0]])
-    top = jnp.full((1, 2), np.nextafter(np.float32(1), np.float32(0)))
+    top = jnp.full((1, 3), np.nextafter(np.float32(1), np.float32(0)))
     assert int(sampling.draw(weights, top)[0]) in (1, 2, 3)
-    assert int(sampling.draw(weights, jnp.zeros((1, 2)))[0]) == 1
+    assert int(sampling.draw(weights, jnp.zeros((1, 3)))[0]) == 1
 
 
 def test_uniforms_depend_on_key_length_and_domain_alone():

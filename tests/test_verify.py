@@ -21,8 +21,10 @@ EDGE = 1e-5
 
 
 def uniforms(accept, second):
+    """Coins float32[B, G], and float32[B] that draw the next token from a small vocabulary."""
     accept = jnp.asarray(accept, jnp.float32)
-    return Uniforms(accept, jnp.zeros((accept.shape[0], 2)).at[:, 1].set(jnp.asarray(second)))
+    recover = jnp.zeros((accept.shape[0], accept.shape[1] + 1, 3)).at[:, :, 2].set(jnp.asarray(second)[:, None])
+    return Uniforms(accept, recover)
 
 
 def logits_for(best, vocab_size=6):
@@ -138,7 +140,7 @@ def test_a_draft_outside_the_truncated_target_is_always_rejected():
 def test_a_drafter_that_gives_no_probabilities_costs_speed_and_not_the_law():
     logits = jnp.array([[[3.0, 2.0, 1.0], [0.0, 0.0, 0.0]]])
     for probs in (jnp.zeros((1, 1, 3)), jnp.full((1, 1, 3), jnp.nan)):
-        verdict = verify.residual(
+        verdict = jax.jit(verify.residual)(
             logits, Proposal(jnp.array([[2]]), probs), state_of([RowParams()]), uniforms([[0.0]], [0.1])
         )
         assert (int(verdict.num_accepted[0]), int(verdict.next_token[0])) == (0, 0)
@@ -187,59 +189,97 @@ def given_drafts(probs):
     )
 
 
-def one_round_cells(tables, draft_tables, params, position, token, sampled):
-    """Every draft and every cell of uniforms on which a round should be constant, with its volume.
+EVERYWHERE = (0.0, 1.0)
 
-    Ends of the cells come from the formulas in float64. The rule is evaluated close to both ends of every cell, so a
-    rule with other ends gives another law or another value at one of them.
+
+def drawn(weights):
+    """Each token and the interval of uniforms that draws it."""
+    marks = np.concatenate([[0], np.cumsum(weights) / weights.sum()])
+    return [(token, (marks[token], marks[token + 1])) for token in range(VOCAB) if weights[token] > 1e-9]
+
+
+def residual_cells(target, draft, drafts):
+    """Boxes of coins and drawing uniforms on which the rule is constant, from its formulas in float64."""
+    limits = [min(1.0, p[d] / q[d]) for p, q, d in zip(target, draft, drafts, strict=False)]
+    for n in range(DRAFTS + 1):
+        coins = [(0.0, limit) for limit in limits[:n]]
+        coins += [(limits[n], 1.0)] if n < DRAFTS else []
+        coins += [EVERYWHERE] * (DRAFTS - len(coins))
+        if all(high - low > 1e-12 for low, high in coins):
+            for _, interval in drawn(np.maximum(target[n] - draft[n], 0)):
+                yield coins, [interval] * (DRAFTS + 1)
+
+
+def matching_cells(target, draft, drafts):
+    for n in range(DRAFTS + 1):
+        intervals = [dict(drawn(target[i])) for i in range(n + 1)]
+        if any(drafts[i] not in intervals[i] for i in range(n)):
+            return
+        for token, interval in intervals[n].items():
+            if n == DRAFTS or token != drafts[n]:
+                before = [intervals[i][drafts[i]] for i in range(n)]
+                yield [EVERYWHERE] * DRAFTS, [*before, interval, *[EVERYWHERE] * (DRAFTS - n)]
+
+
+def block_cells(target, draft, drafts):
+    scales = [1.0]
+    for p, q, d in zip(target, draft, drafts, strict=False):
+        scales.append(min(1.0, scales[-1] * p[d] / q[d]))
+    rests = [np.maximum(scale * p - q, 0) for scale, p, q in zip(scales, target, draft, strict=True)]
+    limits = [
+        1.0 if scale == 1 else rest.sum() / (rest.sum() + 1 - scale) for scale, rest in zip(scales, rests, strict=True)
+    ]
+    for passes in itertools.product((True, False), repeat=DRAFTS):
+        coins = [(0.0, h) if yes else (h, 1.0) for yes, h in zip(passes, limits[1:], strict=True)]
+        if all(high - low > 1e-12 for low, high in coins):
+            n = max([0, *(i + 1 for i, yes in enumerate(passes) if yes)])
+            for _, interval in drawn(rests[n] if rests[n].sum() > 1e-9 else target[n]):
+                yield coins, [interval] * (DRAFTS + 1)
+
+
+CELLS = {verify.residual: residual_cells, verify.token_matching: matching_cells, verify.block: block_cells}
+
+
+def one_round_cells(rule, tables, draft_tables, params, position, token, sampled):
+    """Every draft and every box of uniforms on which a round should be constant, with its probability.
+
+    The rule is evaluated close to both ends of every box, so a rule with other ends gives another law or another value
+    at one of them.
     """
     for drafts in itertools.product(range(VOCAB), repeat=DRAFTS):
-        weight, limits, laws = 1.0, [], []
-        last = token
-        for i, draft in enumerate(drafts):
-            law = truncated(tables[(position + i) % PERIOD, last], params)
-            proposed = draft_tables[(position + i) % PERIOD, last] if sampled else np.eye(VOCAB)[draft]
-            weight *= proposed[draft] if sampled else draft_tables[(position + i) % PERIOD, last][draft]
-            limits.append(min(1.0, law[draft] / proposed[draft]))
-            laws.append((law, proposed))
-            last = draft
-        laws.append((truncated(tables[(position + DRAFTS) % PERIOD, last], params), np.zeros(VOCAB)))
-        for n in range(DRAFTS + 1):
-            ends = [(0.0, limit) for limit in limits[:n]]
-            if n < DRAFTS:
-                ends.append((limits[n], 1.0))
-            volume = weight * np.prod([high - low for low, high in ends])
-            if volume < 1e-12:
-                continue
-            law, proposed = laws[n]
-            rest = np.maximum(law - proposed, 0)
-            marks = np.concatenate([[0], np.cumsum(rest) / rest.sum()])
-            for following in range(VOCAB):
-                if rest[following] > 1e-9:
-                    interval = marks[following], marks[following + 1]
-                    yield drafts, ends, interval, volume * (interval[1] - interval[0])
+        weight, target, draft, last = 1.0, [], [], token
+        for i, following in enumerate(drafts):
+            proposed = draft_tables[(position + i) % PERIOD, last]
+            weight *= proposed[following]
+            target.append(truncated(tables[(position + i) % PERIOD, last], params))
+            draft.append(proposed if sampled else np.eye(VOCAB)[following])
+            last = following
+        target.append(truncated(tables[(position + DRAFTS) % PERIOD, last], params))
+        draft.append(np.zeros(VOCAB))
+        for coins, draws in CELLS[rule](target, draft, drafts):
+            used = draws if rule is verify.token_matching else draws[:1]
+            volume = np.prod([high - low for low, high in [*coins, *used]])
+            yield drafts, coins, draws, weight * volume
 
 
 def evaluated(cells, side):
-    """Uniforms next to one end of each cell."""
-    accept = np.full((len(cells), DRAFTS), 0.5)
-    second = np.zeros(len(cells))
+    """Uniforms next to one end of each box."""
 
     def near(low, high):
         margin = min(EDGE, (high - low) / 4)
         return low + margin if side == 0 else high - margin
 
-    for row, (_, ends, interval, _) in enumerate(cells):
-        for i, end in enumerate(ends):
-            accept[row, i] = near(*end)
-        second[row] = near(*interval)
-    return uniforms(accept, second)
+    accept = np.array([[near(*coin) for coin in coins] for _, coins, _, _ in cells], np.float32)
+    recover = np.zeros((len(cells), DRAFTS + 1, 3), np.float32)
+    recover[:, :, 2] = [[near(*interval) for interval in draws] for _, _, draws, _ in cells]
+    return Uniforms(jnp.asarray(accept), jnp.asarray(recover))
 
 
 @pytest.mark.exact
+@pytest.mark.parametrize("rule", CELLS, ids=lambda rule: rule.__name__)
 @pytest.mark.parametrize("sampled", [True, False], ids=["sampled drafts", "one-hot drafts"])
 @pytest.mark.parametrize("side", [0, 1])
-def test_the_joint_law_of_the_next_three_tokens_is_the_targets(sampled, side, monkeypatch):
+def test_the_joint_law_of_the_next_three_tokens_is_the_targets(rule, sampled, side, monkeypatch):
     """All of the step, mixed parameters in one batch, conditional on position and last token: exact integration."""
     rng = np.random.RandomState(7)
     tables = rng.randn(PERIOD, VOCAB, VOCAB).astype(np.float32) * 1.5
@@ -249,7 +289,7 @@ def test_the_joint_law_of_the_next_three_tokens_is_the_targets(sampled, side, mo
     cells, owner = [], []
     for start in starts:
         which, position, token = start
-        found = list(one_round_cells(tables, draft_tables, MIXED[which], position, token, sampled))
+        found = list(one_round_cells(rule, tables, draft_tables, MIXED[which], position, token, sampled))
         cells += found
         owner += [start] * len(found)
 
@@ -269,6 +309,7 @@ def test_the_joint_law_of_the_next_three_tokens_is_the_targets(sampled, side, mo
         probs = jnp.asarray(q)
     state = step.DecodeState(
         tokens=jnp.asarray(tokens),
+        logprobs=None,
         length=jnp.asarray(positions + PERIOD + 1, jnp.int32),
         max_length=jnp.full(rows, 16),
         stop_tokens=jnp.full((rows, 1), step.PAD),
@@ -280,13 +321,13 @@ def test_the_joint_law_of_the_next_three_tokens_is_the_targets(sampled, side, mo
         acceptance_counts=jnp.zeros((rows, DRAFTS + 1), jnp.int32),
     )
     monkeypatch.setattr(step, "round_uniforms", lambda *_: evaluated(cells, side))
-    system = step.System(table_target(tables), given_drafts(probs), verify.residual)
-    after = step.speculative_step(system, step.Params((), ()), state)
+    system = step.System(table_target(tables), given_drafts(probs), rule)
+    after = jax.jit(lambda state: step.speculative_step(system, step.Params((), ()), state))(state)
+    texts, begins, ends = (np.asarray(x) for x in (after.tokens, state.length, after.length))
 
     rounds = {start: {} for start in starts}
     for row, start in enumerate(owner):
-        begin = int(state.length[row])
-        committed = tuple(int(t) for t in after.tokens[row, begin : int(after.length[row])])
+        committed = tuple(texts[row, begins[row] : ends[row]].tolist())
         rounds[start][committed] = rounds[start].get(committed, 0.0) + cells[row][3]
 
     @functools.cache

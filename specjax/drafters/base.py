@@ -50,10 +50,17 @@ class Proposal(NamedTuple):
         tokens: int32[B, G]; NO_DRAFT from the first position on where the row proposes nothing.
         probs: float32[B, G, V], the distribution that each token was drawn from, or None where drafts are not drawn
             but chosen: then the distribution is all on the token (one-hot).
+        logits: float32[B, G], the drafter's own logit of each token, before temperature; None where it has none.
     """
 
     tokens: jax.Array
     probs: jax.Array | None = None
+    logits: jax.Array | None = None
+
+    @property
+    def drawn(self) -> tuple[jax.Array, jax.Array | None]:
+        """Tokens, and the laws that they come from."""
+        return self.tokens, self.probs
 
     @property
     def num_drafts(self) -> jax.Array:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal, chain
-from specjax.sampling import PROPOSE, SamplingState, draw, probabilities_at, truncate, uniforms_at
+from specjax.sampling import PROPOSE, SamplingState, draw, local_argmax, probabilities, truncate, uniforms_at
 from specjax.target import decoder
 from specjax.target.families import ModelConfig
 
@@ -28,12 +28,15 @@ def draft_model(
     G = num_speculative_tokens
 
     def choose(logits: jax.Array, uniforms: jax.Array, sampling: SamplingState):
-        """A token for each row from float32[B, V] and float32[B, 2], and what it was drawn from."""
-        if not sample:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32), None
-        law = truncate(logits[:, None], sampling)
-        probs = probabilities_at(law, jnp.zeros(logits.shape[0], jnp.int32))
-        return draw(probs, uniforms), probs
+        """A token for each row from float32[B, V] and float32[B, 3], what it was drawn from, and its logit."""
+        probs = None
+        if sample:
+            law = truncate(logits, sampling)
+            probs = probabilities(law)
+            token = jnp.where(law.greedy, law.best, draw(probs, uniforms))
+        else:
+            token = local_argmax(logits)
+        return token, probs, jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
 
     def propose(params, cache, context: Context):
         # After full acceptance the last draft has never been run through the draft model, so its position is run
@@ -42,23 +45,23 @@ def draft_model(
         window = jnp.take_along_axis(context.tokens, start[:, None] + jnp.arange(2), axis=1)
         out = decoder.apply(config, params, window, start, cache)
         last = jnp.take_along_axis(out.logits, (context.length - 1 - start)[:, None, None], axis=1)[:, 0]
-        uniforms = uniforms_at(context.sampling.key, context.length, PROPOSE, 2 * G).reshape(-1, G, 2)
-        token, probs = choose(last, uniforms[:, 0], context.sampling)
+        uniforms = uniforms_at(context.sampling.key, context.length, PROPOSE, 3 * G).reshape(-1, G, 3)
+        first = choose(last, uniforms[:, 0], context.sampling)
 
         def draft_next(carry, depth):
             token, cache = carry
             position = context.length + depth
             out = decoder.apply(config, params, token[:, None], position, cache)
-            chosen, probs = choose(out.logits[:, 0], uniforms[:, depth + 1], context.sampling)
-            return (chosen, out.cache), (chosen, probs)
+            chosen = choose(out.logits[:, 0], uniforms[:, depth + 1], context.sampling)
+            return (chosen[0], out.cache), chosen
 
-        (_, cache), rest = jax.lax.scan(draft_next, (token, out.cache), jnp.arange(G - 1))
-        tokens, all_probs = jax.tree.map(
-            lambda head, tail: jnp.concatenate([head[:, None], jnp.moveaxis(tail, 0, 1)], axis=1), (token, probs), rest
+        (_, cache), rest = jax.lax.scan(draft_next, (first[0], out.cache), jnp.arange(G - 1))
+        tokens, probs, logits = jax.tree.map(
+            lambda head, tail: jnp.concatenate([head[:, None], jnp.moveaxis(tail, 0, 1)], axis=1), first, rest
         )
         if max_model_len is not None:
             tokens = jnp.where((context.length + G <= max_model_len)[:, None], tokens, NO_DRAFT)
-        return Proposal(tokens, all_probs), cache
+        return Proposal(tokens, probs, logits), cache
 
     def prefill(params, cache, context: Context, features: Features, num_valid):
         out = decoder.apply(config, params, features.tokens, features.start, cache, with_logits=False)
