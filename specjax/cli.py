@@ -76,6 +76,10 @@ def run_generate(arguments: list[str]) -> int:
         f"{metrics.compile_seconds:.1f} s]",
         file=sys.stderr,
     )
+    if not result.lossless:
+        print(
+            f"[lossy: {config.speculative.rejection_sampling_strategy} does not keep the target's law]", file=sys.stderr
+        )
     check_finite(result, config.target)
     return 0
 

@@ -263,6 +263,15 @@ class SpeculativeConfig(_Settings):
         expected="the name of a branch, tag or commit",
         remedy="give one for a draft model from the hub, else leave the field out",
     )
+    assistant_early_exit: Integer | None = _setting(
+        None,
+        "Drafts with only so many first layers of the draft model, then its final norm and head, in layers (the name "
+        "that transformers gives it; LayerSkip, arXiv 2404.16710). Where no model is given the target itself drafts "
+        "this way, with the weights that it already has. Default: None, all layers.",
+        expected="an integer >= 1, in layers, and less than the draft model has",
+        remedy="models that were not trained to exit early draft well with nearly all of their layers only",
+        ge=1,
+    )
     max_model_len: Integer | None = _setting(
         None,
         "The longest context in tokens that the draft model reads; a row beyond it decodes without drafts. Default: "
@@ -416,7 +425,7 @@ class SpeculativeConfig(_Settings):
 
     METHOD_FIELDS: ClassVar[dict[str, tuple[str, ...]]] = {
         "ngram": ("prompt_lookup_min", "prompt_lookup_max"),
-        "draft_model": ("model", "revision", "max_model_len"),
+        "draft_model": ("model", "revision", "assistant_early_exit", "max_model_len"),
     }
     """Fields that mean something for one method alone."""
 
@@ -464,7 +473,7 @@ class SpeculativeConfig(_Settings):
     def _resolve_method(cls, values: dict[str, Any]) -> None:
         names_ngram = values.get("model") == "ngram"
         if "method" not in values:
-            if "model" not in values:
+            if "model" not in values and "assistant_early_exit" not in values:
                 cls._refuse("method", None)
             values["method"] = "ngram" if names_ngram else "draft_model"
         method = values["method"]
@@ -473,7 +482,7 @@ class SpeculativeConfig(_Settings):
             text = str(method)
             remedy = _nearest(text, ("ngram", "draft_model", "ngram_gpu", "standalone")) + "name one of them"
             cls._refuse("method", method, remedy)
-        if method == "draft_model" and "model" not in values:
+        if method == "draft_model" and "model" not in values and "assistant_early_exit" not in values:
             cls._refuse("model", None)
         if names_ngram:
             if method == "draft_model":

@@ -137,7 +137,10 @@ class Programs:
                 stop_tokens=rows["stop_tokens"],
                 finish=rows["finish"],
                 sampling=SamplingState(
-                    rows["temperature"], rows["top_k"], rows["top_p"], rows["min_p"], key, _adjustment(rows), _phase(rows)
+                    **{name: rows[name] for name in ("temperature", "top_k", "top_p", "min_p")},
+                    key=key,
+                    adjustment=_adjustment(rows),
+                    phase=_phase(rows),
                 ),
                 cache=self._init_cache(batch, capacity),
                 drafter=self.system.drafter.init(params.drafter, batch, capacity),
@@ -256,8 +259,9 @@ class SpeculativeDecoder:
         self.think_tokens = think_tokens(target.tokenizer) if RULES[self.rule_name].needs_phase else None
         if RULES[self.rule_name].needs_phase and self.think_tokens is None:
             raise ConfigError(
-                f"SpeculativeConfig.rejection_sampling_strategy={self.rule_name!r}: the target's tokenizer has no tokens "
-                "that open and close a reasoning; expected a reasoning model, so choose another rule for this one."
+                f"SpeculativeConfig.rejection_sampling_strategy={self.rule_name!r}: the target's tokenizer "
+                "has no tokens that open and close a reasoning; choose another "
+                "rule for this model."
             )
         system = System(functools.partial(decoder.apply, target.config), drafter, rule)
         self.params = Params(target.params, draft_params)
@@ -364,9 +368,7 @@ class SpeculativeDecoder:
             )
         unknown = [token for token, _ in params.logit_bias if token >= vocab_size]
         if unknown:
-            raise ConfigError(
-                f"SamplingParams.logit_bias: {unknown[0]} is no token; expected 0 <= id < {vocab_size}."
-            )
+            raise ConfigError(f"SamplingParams.logit_bias: {unknown[0]} is no token; expected 0 <= id < {vocab_size}.")
         stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.target.stop_token_ids))
         return _Request(index, tokens, params, tuple(sorted(stops)))
 

@@ -128,7 +128,7 @@ class SamplingState(flax.struct.PyTreeNode):
 
 
 def adjust(logits: jax.Array, sampling: SamplingState, drafts: jax.Array) -> jax.Array:
-    """Applies bias and penalties to float32[B, G + 1, V]; position i sees the first i of int32[B, G] drafts as output."""
+    """Applies bias and penalties to float32[B, G + 1, V]; position i sees the first i of int32[B, G] drafts."""
     adjustment = sampling.adjustment
     if adjustment is None:
         return logits

@@ -139,7 +139,7 @@ def medusa_typical(
     posterior_threshold: float,
     posterior_alpha: float,
 ) -> Verdict:
-    """Medusa's typical acceptance (Cai et al. 2401.10774, section 2.3.1): accepts what the target finds plausible. Lossy.
+    """Accepts what the target finds plausible (Medusa's typical acceptance, Cai et al. 2401.10774, 2.3.1). Lossy.
 
     A draft is accepted if its target probability exceeds min(posterior_threshold, posterior_alpha * exp(-entropy));
     next_token is drawn from the tokens that do. Greedy rows decide greedily.
@@ -250,7 +250,7 @@ def geometric_rates(rate: float, num: int) -> tuple[float, ...]:
 
 
 def minimum_variance_rates(length: float, num: int) -> tuple[float, ...]:
-    """vLLM's synthetic_acceptance_length: unconditional rates under which length - 1 drafts pass, rounded either way."""
+    """vLLM's synthetic_acceptance_length: unconditional rates under which length - 1 drafts pass, rounded up or off."""
     return tuple(min(max(length - 1 - i, 0.0), 1.0) for i in range(num))
 
 

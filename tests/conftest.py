@@ -1,5 +1,11 @@
 """Fixtures that several files use."""
 
+import os
+
+# Tests run on CPU wherever they run; libtpu, which compiles for TPUs that are not there, must not look for one.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
 import pytest
 from test_checkpoints_gguf import write_llama
 

@@ -20,6 +20,13 @@ A float32 uniform has 23 bits, too few to reach the tail of a large vocabulary i
 """
 
 
+MAX_BISECTIONS = 64
+"""Steps that the search for a threshold may take: more than float32 logits need, except around zero.
+
+There tokens closer to each other than 2**-40 or so count as tied.
+"""
+
+
 class Truncation(NamedTuple):
     """How each row truncates the target's distribution: temperature, then top-k, then top-p, then min-p.
 

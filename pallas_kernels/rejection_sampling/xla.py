@@ -11,10 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.rejection_sampling.base import CHUNK, LANES, NO_DRAFT, Truncation, Verdict
-
-MAX_BISECTIONS = 64
-"""More than a bracket of float32 logits needs, except around zero, where tokens closer than 2**-40 then count as tied."""
+from pallas_kernels.rejection_sampling.base import CHUNK, LANES, MAX_BISECTIONS, NO_DRAFT, Truncation, Verdict
 
 
 class Law(NamedTuple):
@@ -93,7 +90,8 @@ def draw(weights: jax.Array, uniforms: jax.Array, axis: str | None = None) -> ja
     chunk = jnp.take_along_axis(chunks, chosen[:, None, None, None], axis=1)[:, 0]
     block = _invert(chunk.sum(axis=-1), uniforms[:, 1])
     token = _invert(jnp.take_along_axis(chunk, block[:, None, None], axis=1)[:, 0], uniforms[:, 2])
-    token = _index(axis) * V + chosen * CHUNK + block * LANES + token
+    # Only a row of NaN leads behind the vocabulary.
+    token = _index(axis) * V + jnp.minimum(chosen * CHUNK + block * LANES + token, V - 1)
     return _all_max(jnp.where(here, token, -1), axis) if axis is not None else token
 
 
@@ -133,6 +131,7 @@ def rejection_sample(
     """See api.rejection_sample."""
     B, T, V = logits.shape
     padded = jnp.pad(drafts, ((0, 0), (0, 1)), constant_values=NO_DRAFT)
+    coins = jnp.pad(accept_uniforms, ((0, 0), (0, 1)))
     decide = {"residual": _residual, "matching": _matching, "block": _block}[rule]
 
     def unfinished(state: _Round) -> jax.Array:
@@ -149,7 +148,7 @@ def rejection_sample(
             recover=_at(recover_uniforms, t),
             axis=axis,
         )
-        return decide(state, here, accept_uniforms)
+        return decide(state, here, coins)
 
     def sampled() -> Verdict:
         zeros = jnp.zeros(B, jnp.int32)
@@ -176,12 +175,12 @@ class _Position(NamedTuple):
     axis: str | None
 
 
-def _residual(state: _Round, here: _Position, accept_uniforms: jax.Array) -> _Round:
+def _residual(state: _Round, here: _Position, coins: jax.Array) -> _Round:
     """Leviathan et al. 2211.17192, algorithm 1: accept if u * draft_prob < target_prob, else draw from the rest."""
     target_prob, draft_prob = _drafted_probs(here)
     # A token that its own distribution rules out comes from a broken drafter (NaN), which may only cost speed.
     possible = here.drafted & (draft_prob > 0)
-    accepted = possible & (_at(accept_uniforms, state.position) * draft_prob < target_prob)
+    accepted = possible & (_at(coins, state.position) * draft_prob < target_prob)
     ends = state.alive & ~accepted
     token = jax.lax.cond(ends.any(), lambda: _draw_rest(here, jnp.ones_like(target_prob)), lambda: state.token)
     return state._replace(
@@ -192,9 +191,9 @@ def _residual(state: _Round, here: _Position, accept_uniforms: jax.Array) -> _Ro
     )
 
 
-def _matching(state: _Round, here: _Position, accept_uniforms: jax.Array) -> _Round:
+def _matching(state: _Round, here: _Position, coins: jax.Array) -> _Round:
     """The target draws at every position; a draft is accepted when it is what the target drew."""
-    del accept_uniforms
+    del coins
     drawn = draw(probabilities(here.law, here.axis), here.recover, here.axis)
     token = jnp.where(here.law.greedy, here.law.best, drawn)
     accepted = state.alive & (token == here.draft)
@@ -206,7 +205,7 @@ def _matching(state: _Round, here: _Position, accept_uniforms: jax.Array) -> _Ro
     )
 
 
-def _block(state: _Round, here: _Position, accept_uniforms: jax.Array) -> _Round:
+def _block(state: _Round, here: _Position, coins: jax.Array) -> _Round:
     """Sun et al. 2403.10444: keep the longest prefix whose own test passes, also behind one that fails.
 
     The tests are of prefixes: that of the first t drafts needs the target's law behind them, so it is made here.
@@ -216,8 +215,7 @@ def _block(state: _Round, here: _Position, accept_uniforms: jax.Array) -> _Round
     rest = _all_sum(rest.sum(axis=-1), here.axis)
     others = rest + 1.0 - scale
     limit = jnp.where(others > 0, rest / jnp.where(others > 0, others, 1.0), 1.0)
-    uniform = _at(jnp.pad(accept_uniforms, ((0, 0), (1, 0))), t)
-    longest = state.alive & ((t == 0) | (uniform <= limit))
+    longest = state.alive & ((t == 0) | (_at(coins, jnp.maximum(t - 1, 0)) <= limit))
     token = jax.lax.cond(longest.any(), lambda: _draw_rest(here, scale), lambda: state.token)
     target_prob, draft_prob = _drafted_probs(here)
     possible = here.drafted & (draft_prob > 0)
@@ -269,7 +267,7 @@ def _rank_and_mass_threshold(
         return num >= rows.top_k, num
 
     ranked = cuts & (rows.top_k > 0) & (rows.top_k < num_finite)
-    rank = _bisect(enough_tokens, lowest, peak, num_finite, ranked)
+    rank = bisect(enough_tokens, lowest, peak, num_finite, ranked)
     weights = jnp.where(logits >= rank[..., None], jnp.exp(logits - peak[..., None]), 0.0)
     wanted = rows.top_p * _all_sum(weights.sum(axis=-1), axis)
 
@@ -277,10 +275,10 @@ def _rank_and_mass_threshold(
         mass = jnp.where(logits >= threshold[..., None], weights, 0.0).sum(axis=-1)
         return _all_sum(mass, axis) >= wanted, count(threshold)
 
-    return _bisect(enough_mass, rank, peak, count(rank), cuts & (rows.top_p < 1.0))
+    return bisect(enough_mass, rank, peak, count(rank), cuts & (rows.top_p < 1.0))
 
 
-def _bisect(enough, low: jax.Array, peak: jax.Array, count_low: jax.Array, wanted: jax.Array) -> jax.Array:
+def bisect(enough, low: jax.Array, peak: jax.Array, count_low: jax.Array, wanted: jax.Array) -> jax.Array:
     """A threshold above which there is just enough: {logits >= low} is, {logits >= result} is with no token to spare.
 
     Args:

@@ -1,5 +1,6 @@
 """Drafting methods: one file each, and the table that names them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,9 @@ def _ngram(config: SpeculativeConfig, target: Target) -> tuple[Drafter, Any]:
 
 
 def _draft_model(config: SpeculativeConfig, target: Target) -> tuple[Drafter, Any]:
-    draft = load_target(config.model or "", dtype=target.dtype, revision=config.revision)
+    draft = target
+    if config.model is not None:
+        draft = load_target(config.model, dtype=target.dtype, revision=config.revision)
     return draft_model_for(draft, target, config)
 
 
@@ -47,6 +50,8 @@ def draft_model_for(draft: Target, target: Target, config: SpeculativeConfig) ->
             f"SpeculativeConfig.model={draft.name!r}: its tokenizer differs from the target's, in {other!r} first; "
             "expected the same vocabulary, so choose a draft model of the target's family."
         )
+    if config.assistant_early_exit is not None:
+        draft = _first_layers(draft, config.assistant_early_exit)
     longest = min(draft.config.max_position, target.config.max_position)
     limit = config.max_model_len
     if limit is not None and limit > longest:
@@ -64,6 +69,19 @@ def draft_model_for(draft: Target, target: Target, config: SpeculativeConfig) ->
         max_model_len=limit,
     )
     return drafter, draft.params
+
+
+def _first_layers(draft: Target, num_layers: int) -> Target:
+    """The same model left after its first layers, by its final norm and head."""
+    if num_layers >= draft.config.num_layers:
+        raise ConfigError(
+            f"SpeculativeConfig.assistant_early_exit={num_layers}: {draft.name} has {draft.config.num_layers} layers; "
+            "expected fewer."
+        )
+    windows = draft.config.sliding_windows[:num_layers]
+    return dataclasses.replace(
+        draft, config=dataclasses.replace(draft.config, num_layers=num_layers, sliding_windows=windows)
+    )
 
 
 def _first_differing_token(draft: Any, target: Any) -> str | None:

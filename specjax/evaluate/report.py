@@ -25,15 +25,16 @@ def progress() -> Iterator[Callable[[int, int, str], None]]:
 def summary_table(summary: dict[str, Any]) -> str:
     """A summary.json as a Markdown table."""
     baseline = summary["baseline"]["tokens_per_second"]
-    rows = [["plain", "", f"{baseline:.1f}", "1.00", "1.00", "", "", ""]]
+    rows = [["plain", "", "", f"{baseline:.1f}", "1.00", "1.00", "", "", ""]]
     for name, row in summary["methods"].items():
         rates = " ".join(f"{rate:.2f}" for rate in row["acceptance_rate_by_position"])
         counts = [row["identical"], row["near_tie"], row["mismatch"]]
-        agreement = "sampled" if counts[0] is None else " / ".join(map(str, counts))
+        rule = row["rule"] if row["lossless"] else f"{row['rule']} (lossy)"
+        agreement = "not compared" if counts[0] is None else " / ".join(map(str, counts))
         numbers = [f"{row[key]:.2f}" for key in ("speedup", "acceptance_length", "efficiency")]
         tokens_per_second = f"{row['tokens_per_second']:.1f}"
-        rows.append([name, str(row["num_speculative_tokens"]), tokens_per_second, *numbers, rates, agreement])
-    header = "method", "G", "tokens/s", "speed-up", "tokens a round", "efficiency", "acceptance by position"
+        rows.append([name, rule, str(row["num_speculative_tokens"]), tokens_per_second, *numbers, rates, agreement])
+    header = "method", "rule", "G", "tokens/s", "speed-up", "tokens a round", "efficiency", "acceptance by position"
     title = f"{summary['target']} {summary['dtype']}, {summary['device']}, {summary['prompts']} prompts"
     return f"{title}\n\n{table([*header, 'identical / near tie / mismatch'], rows)}"
 

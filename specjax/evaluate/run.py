@@ -23,6 +23,7 @@ from specjax.evaluate.prompts import Prompt, load_prompts
 from specjax.generate import GenerationResult, SpeculativeDecoder
 from specjax.metrics import Metrics
 from specjax.tokenizer import encode_prompt
+from specjax.verify import RULES
 
 PLAIN = "plain"
 
@@ -177,6 +178,8 @@ def summarise(
         speedup = total.tokens_per_second / plain.tokens_per_second
         row = {
             "num_speculative_tokens": method.num_speculative_tokens,
+            "rule": method.rejection_sampling_strategy,
+            "lossless": RULES[method.rejection_sampling_strategy].lossless,
             "acceptance_length": total.acceptance_length,
             "acceptance_rate": total.acceptance_rate,
             "acceptance_rate_by_position": total.acceptance_rate_by_position,
@@ -185,9 +188,10 @@ def summarise(
             "speedup": speedup,
             "efficiency": speedup / total.acceptance_length,
         }
-        found = [_agreement(target, prompt, name, results, config) for prompt in prompts if sampling.greedy]
+        compared = prompts if row["lossless"] and sampling.greedy and not sampling.adjusts_logits else []
+        found = [_agreement(target, prompt, name, results, config) for prompt in compared]
         for kind in ("identical", "near_tie", "mismatch"):
-            row[kind] = found.count(kind) if sampling.greedy else None
+            row[kind] = found.count(kind) if compared else None
         summary["methods"][name] = row
     summary["by_category"] = _by_category(prompts, [PLAIN, *methods], results, config.repeats)
     return summary

@@ -1,0 +1,27 @@
+"""Acceptance rules side by side at temperature 1: SmolLM2-135M-Instruct drafts for itself with 28 of its 30 layers.
+
+Command:   specjax evaluate --config=configs/eval_acceptance_smollm2.py --workdir=DIR
+Minutes:   TODO on two cores.
+Expected:  tokens a round: block >= residual > typical-acceptance with greedy drafts. No speed-up: such a drafter costs
+           nearly as much as the target. It is here because its drafts are sampled, from a law near the target's.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """See the module's docstring; configs/eval_smollm2.py comments on the fields."""
+    config = ConfigDict()
+    config.target = "smollm2-135m-instruct"
+    config.dtype = "float32"
+    config.prompts = "built_in"
+    config.chat = True
+    config.num_prompts = 0
+    config.repeats = 1
+    config.sampling = ConfigDict(
+        {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 128, "seed": 0}
+    )
+    drafter = {"method": "draft_model", "assistant_early_exit": 28, "num_speculative_tokens": 4}
+    rules = "residual", "block", "typical-acceptance"
+    config.methods = ConfigDict({rule: {**drafter, "rejection_sampling_strategy": rule} for rule in rules})
+    return config

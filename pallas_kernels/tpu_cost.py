@@ -1,0 +1,138 @@
+"""What a program compiled for an absent TPU costs: its operations (`tpu_bundles`), added up along its HLO.
+
+Not counted: the few bundles that call each operation, and scalar operations that have none of their own.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from pallas_kernels.tpu_bundles import PASS, Cost, Kernel
+
+
+class Chip(NamedTuple):
+    """A chip.
+
+    Attributes:
+        hertz: of the TensorCore. The dumps don't say; it is the peak that libtpu's cost analysis takes for a bfloat16
+            matmul (flops / optimal_seconds: 197e12 and 918e12) over 2 * 4 * 128**2 and 2 * 4 * 256**2 flops a cycle.
+        bytes_per_second: of HBM, as Google publishes it.
+    """
+
+    hertz: float
+    bytes_per_second: float
+
+
+CHIPS = {"v5e": Chip(1.5e9, 819e9), "v6e": Chip(1.75e9, 1640e9)}
+
+
+class _Operation(NamedTuple):
+    """A line of HLO."""
+
+    name: str
+    shape: str
+    op: str
+    rest: str
+
+
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "slice-done", "after-all"}
+WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "s32": 4, "u32": 4, "f32": 4}
+
+
+class Program:
+    """A compiled program: its HLO, and the dumped bundles of its operations."""
+
+    def __init__(self, hlo: str, dump: Path):
+        self.computations: dict[str, list[_Operation]] = {}
+        self.entry = ""
+        for header, body in re.findall(r"^((?:ENTRY )?%[\w.-]+) \([^\n]*\{\n(.*?)^\}", hlo, re.M | re.S):
+            name = header.rsplit("%", 1)[1]
+            lines = re.findall(r"^\s*(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z\d-]*)\((.*)$", body, re.M)
+            self.computations[name] = [_Operation(*line) for line in lines]
+            self.entry = name if header.startswith("ENTRY") else self.entry
+        self.shapes = {x.name: x.shape for lines in self.computations.values() for x in lines}
+        self.kernels: dict[str, Kernel] = {}
+        for path in sorted(dump.glob(f"*-{PASS}.txt")):
+            match = re.fullmatch(rf"\d+-(.+)-\d+-{PASS}\.txt", path.name)
+            if match and match[1] in self.shapes:
+                self.kernels[match[1]] = Kernel(path.read_text())
+        # Of operations that are alike the compiler writes one.
+        self.alike: dict[str, Kernel] = {}
+        for lines in self.computations.values():
+            for x in lines:
+                if x.name in self.kernels:
+                    self.alike.setdefault(self._likeness(x), self.kernels[x.name])
+
+    def _likeness(self, x: _Operation) -> str:
+        """A text that is the same for operations that differ in names only."""
+        rest = re.sub(r", (metadata|backend_config|frontend_attributes|sharding)=.*", "", x.rest)
+        operands, _, attributes = rest.partition(")")
+        called = re.findall(r"(?:calls|to_apply)=%([\w.-]+)", attributes)
+        inside = [self._likeness(y) for name in called for y in self.computations.get(name, [])]
+        shapes = [self.shapes.get(name, "") for name in re.findall(r"%([\w.-]+)", operands)]
+        return "|".join([x.shape, x.op, *shapes, re.sub(r"%[\w.-]+", "", rest), *inside])
+
+    def cost(self, chip: Chip, bisections: int, bisection_bound: int) -> Cost:
+        """Of one run.
+
+        Args:
+            chip: whose HBM.
+            bisections: iterations of a loop of unknown length. 0 leaves out the conditional regions around such loops,
+                too, but for the outermost (see Kernel.cost).
+            bisection_bound: the constant in the condition of a loop that takes that many iterations; a loop with
+                another one is counted up to it.
+        """
+        return self._computation(self.entry, chip, bisections, bisection_bound, nested=False)[0]
+
+    def _computation(self, name: str, chip: Chip, *how: int, nested: bool) -> tuple[Cost, bool]:
+        """Its cost, and whether it has loops of unknown length."""
+        total, loops = Cost(), False
+        for x in self.computations[name]:
+            cost, looping = self._operation(x, chip, *how, nested=nested)
+            total, loops = total + cost, loops or looping
+        return total, loops
+
+    def _operation(self, x: _Operation, chip: Chip, *how: int, nested: bool) -> tuple[Cost, bool]:
+        bisections, bound = how
+        if x.op == "while":
+            condition, body = (re.search(rf"{key}=%([\w.-]+)", x.rest)[1] for key in ("condition", "body"))
+            constants = [y.rest for y in self.computations[condition] if y.op == "constant"]
+            limits = [int(n) for text in constants for n in re.findall(r"^(\d+)\)", text)]
+            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', x.rest)
+            limit = int(known[1]) if known else max(limits, default=bound)
+            times = min(bisections, bound) if limit == bound else limit
+            once = self._computation(body, chip, *how, nested=nested)[0]
+            check = self._computation(condition, chip, *how, nested=nested)[0]
+            return once * times + check * (times + 1), limit == bound
+        if x.op == "conditional":
+            names = re.search(r"branch_computations=\{(.*?)\}", x.rest)[1].replace("%", "").split(", ")
+            branches = [self._computation(branch, chip, *how, nested=True) for branch in names]
+            loops = any(looping for _, looping in branches)
+            pick = min if nested and loops and not bisections else max
+            return pick((cost for cost, _ in branches), key=lambda cost: cost.cycles), loops
+        if x.op == "call":
+            return self._computation(re.search(r"to_apply=%([\w.-]+)", x.rest)[1], chip, *how, nested=nested)
+        if x.op in FREE or "ConcatBitcast" in x.rest:
+            return Cost(), False
+        if x.op.endswith("-start"):
+            return Cost(bytes=_moved(x.shape)), False
+        kernel = self.kernels.get(x.name) or self.alike.get(self._likeness(x))
+        if kernel is None:
+            return Cost(uncounted=(x.name,)), False
+        cost = kernel.cost(bisections)
+        cost.cycles = max(cost.bundles, cost.bytes / chip.bytes_per_second * chip.hertz)
+        return cost, False
+
+
+def _moved(shape: str) -> int:
+    """Bytes that an asynchronous copy moves from or to HBM, of its shape: both ends and a flag. S(...) is not HBM."""
+    ends = re.findall(r"(\w+)\[([\d,]*)\]\{([\d,]*)(?::T\((\d+)(?:,(\d+))?\))?([^}]*)\}", shape)[:2]
+    sizes = []
+    for dtype, dims, order, *tile, _ in ends:
+        lengths = [int(n) for n in dims.split(",")]
+        minor_first = [lengths[int(i)] for i in order.split(",")]
+        for i, step in enumerate(int(n) for n in reversed(tile) if n):
+            minor_first[i : i + 1] = [-(-n // step) * step for n in minor_first[i : i + 1]]
+        sizes.append(WIDTHS[dtype] * math.prod(minor_first))
+    return min(sizes) * sum("S(" not in space for *_, space in ends)
