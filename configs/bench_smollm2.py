@@ -32,6 +32,11 @@ def get_config() -> ConfigDict:
     # Positions in the cache when a step's time is measured, and the two cache capacities compared.
     config.step_context = 200
     config.capacities = (512, 2048)
+    # Drafts in the measurement of what acceptance takes of a round, and how its row samples: fields of SamplingParams.
+    config.acceptance_drafts = 4
+    config.acceptance = ConfigDict(
+        {"no cut": {"temperature": 1.0}, "top-k, top-p": {"temperature": 1.0, "top_k": 50, "top_p": 0.9}}
+    )
     # Name -> fields of SpeculativeConfig, each measured against plain decoding.
     config.methods = ConfigDict(
         {

@@ -158,7 +158,7 @@ class Programs:
 
     def decode(self, params: Params, state: DecodeState, num_rounds: int) -> DecodeState:
         """See decode. The state is donated."""
-        function = jax.jit(functools.partial(decode, self.system), donate_argnums=1, compiler_options=_narrow_options())
+        function = jax.jit(functools.partial(decode, self.system), donate_argnums=1, compiler_options=narrow_options())
         return self._run(("decode", *_state_key(state)), function, params, state, np.int32(num_rounds))
 
     def _run(self, key: tuple, function: Any, *args: Any) -> Any:
@@ -174,7 +174,7 @@ class Programs:
 
 
 @functools.cache
-def _narrow_options() -> dict[str, str] | None:
+def narrow_options() -> dict[str, str] | None:
     """Compiler options for programs whose products have few rows.
 
     On CPU, the XLA of jax 0.10 gives products to YNNPACK; Eigen is up to a fifth faster for 3 to 5 rows and no slower

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,17 @@ def test_imports_go_one_way(path):
     assert own in RANK
     # "The base of the drafters" is what the step and the rules may know of them.
     assert all(RANK[name] <= RANK[own] for name in imports_of(path) if name in RANK)
+
+
+def test_kernels_import_jax_and_never_specjax():
+    kernels = sorted((ROOT.parent / "pallas_kernels").rglob("*.py"))
+    assert kernels
+    for path in kernels:
+        tree = ast.parse(path.read_text())
+        names = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        packages = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+        assert packages <= {"jax", "numpy", "pallas_kernels"}, path
 
 
 def test_the_step_imports_no_drafter():

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from laws import RowParams, truncated
 
 from pallas_kernels.rejection_sampling import NO_DRAFT, RULES, Truncation, rejection_sample
+from pallas_kernels.rejection_sampling.benchmark import estimate
 
 TOP = float(np.nextafter(np.float32(1), np.float32(0)))
 EDGE = 1e-5
@@ -27,7 +28,7 @@ MIXED = [
     RowParams(1.1, top_k=40, top_p=0.9, min_p=0.05),
 ]
 
-KERNELS = ["tpu"]
+KERNELS = ["tpu", "gpu", "xla"]
 
 
 def truncation(rows):
@@ -42,7 +43,7 @@ def compiled(implementation, rule, interpret, tree, shapes):
     """The operation for arguments of these shapes; with little optimisation, since compiling is what takes long."""
 
     def run(*args):
-        options = {} if implementation == "reference" else {"interpret": interpret}
+        options = {"interpret": interpret} if implementation in ("tpu", "gpu") else {}
         return rejection_sample(*args, rule=rule, implementation=implementation, **options)
 
     args = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
@@ -102,6 +103,7 @@ def filled(array, *indices, value):
         ("residual", 2, 1, 128256, True, jnp.float32),
         ("residual", 1, 2, 151936, False, jnp.bfloat16),
         ("residual", 2, 0, 100, False, jnp.float32),
+        ("residual", 8, 6, 100, True, jnp.float16),
         ("matching", 8, 4, 100, False, jnp.float32),
         ("matching", 1, 3, 128256, False, jnp.bfloat16),
         ("block", 9, 3, 8193, True, jnp.float32),
@@ -148,6 +150,7 @@ SPECIAL = {
         "recover_uniforms": recover * 0,
         "accept_uniforms": accept * 0,
     },
+    "a broken drafter": lambda logits, accept, recover: {"draft_probs": np.full_like(logits[:, :-1], np.nan)},
     "all greedy": lambda logits, accept, recover: {"rows": truncation([RowParams(0.0)] * len(logits))},
 }
 
@@ -341,3 +344,46 @@ def test_the_kernel_compiles_for_a_tpu_and_reads_logits_from_where_the_matmul_wr
     if rule == "matching":
         moves = [shape for shape in moves if f"[{B},{G},{V}]" not in shape]
     assert not [shape for shape in moves if re.search(rf"\[[\d,]*\b{V}\b", shape) and f"[{width}," not in shape]
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "sampled", "rule"),
+    [(rows, dtype, sampled, "residual") for rows in (1, 8) for dtype in ("float32", "bfloat16") for sampled in (0, 1)]
+    + [(8, "float32", True, "matching"), (8, "float32", True, "block")],
+)
+def test_the_kernels_lower_for_cuda_through_triton(rows, dtype, sampled, rule):
+    def struct(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct((rows, *shape), dtype)
+
+    arguments = (
+        struct(5, 128256, dtype=dtype),
+        struct(4, dtype=jnp.int32),
+        struct(4, 128256) if sampled else None,
+        struct(4),
+        struct(5, 3),
+        Truncation(struct(), struct(dtype=jnp.int32), struct(), struct()),
+    )
+    target = "__gpu$xla.gpu.triton"
+    exported = jax.export.export(
+        jax.jit(functools.partial(rejection_sample, rule=rule, implementation="gpu")),
+        platforms=["cuda"],
+        disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(target)],
+    )(*arguments)
+    module = exported.mlir_module()
+    assert module.count(f"custom_call @{target}") == 2
+    assert "rejection_sampling_law" in module and "rejection_sampling_draw" in module
+    # Nothing of the vocabulary's size is written: no result of a kernel or of what lies between is that large.
+    results = [line.split("->")[-1] for line in module.splitlines() if " = " in line]
+    assert not any("x128256x" in result for result in results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampled", [False, True])
+def test_on_an_absent_tpu_the_kernel_takes_a_fifth_of_the_cycles_of_sorting_and_reads_logits_once(sampled):
+    """Counted in compiled instructions; the README's table is of a vocabulary eight times as large."""
+    pytest.importorskip("libtpu")
+    kernel, sorting = (estimate("v6e:2x2", name, 8, vocab=16384, sampled=sampled) for name in ("tpu", "reference"))
+    assert not kernel["uncounted"] and not sorting["uncounted"]
+    assert kernel["cycles"] * 5 < sorting["cycles"]
+    # Sampled drafts: the law of a rejected one is a fifth of a sequence's logits. The rest are small arrays.
+    assert 1 + 0.2 * sampled < kernel["logits_reads"] < 1.01 + 0.2 * sampled

@@ -62,7 +62,8 @@ for rule in ("residual", "matching", "block"):
                 # What crosses devices: a few numbers a row, the largest the sums of the 2048-token chunks.
                 assert size <= B * (G + 1) * V // 2048, line
 
-best = jax.jit(jax.shard_map(lambda x: local_argmax(x, "vocab"), mesh=mesh, in_specs=split, out_specs=P(), check_vma=False))
+argmax = jax.shard_map(lambda x: local_argmax(x, "vocab"), mesh=mesh, in_specs=split, out_specs=P(), check_vma=False)
+best = jax.jit(argmax)
 np.testing.assert_array_equal(best(logits), jnp.argmax(logits, axis=-1))
 tied = jnp.zeros_like(logits).at[:, :, [5000, 9000]].set(1.0)
 assert (best(tied) == 5000).all()

@@ -16,12 +16,16 @@ from specjax import cache as kv
 from specjax.checkpoints import pretrained
 from specjax.checkpoints.load import Target, load_target
 from specjax.config import SamplingParams, SpeculativeConfig
+from specjax.drafters.base import Proposal
+from specjax.errors import SpecJAXError
 from specjax.evaluate import compare
 from specjax.evaluate.prompts import load_prompts
 from specjax.evaluate.run import check_finite, device_name, plain_dict, prepare_workdir, write_json
-from specjax.generate import SpeculativeDecoder
+from specjax.generate import SpeculativeDecoder, narrow_options
+from specjax.sampling import SamplingState
 from specjax.target import decoder
 from specjax.tokenizer import encode_prompt
+from specjax.verify import residual, round_uniforms
 
 BARE_STEPS = 32
 """Steps of a bare compiled step that are timed together."""
@@ -41,7 +45,7 @@ def benchmark(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any
     target = load_target(config.target, dtype=config.dtype or None)
     prompts = [prompt.text for prompt in load_prompts(config.prompts, config.num_prompts)]
     systems = _decoding_systems(config, target)
-    steps = _step_systems(config, target)
+    steps = _step_systems(config, target) | _acceptance_systems(config, target, " ".join(prompts))
     seconds: dict[str, dict[Any, float]] = {name: {} for name in [*systems, *steps]}
     tokens: dict[str, dict[Any, int]] = {name: {} for name in systems}
     total, done = config.repeats * (len(prompts) * len(systems) + config.step_repeats * len(steps)), 0
@@ -152,6 +156,48 @@ def _step_systems(config: ConfigDict, target: Target) -> dict[str, Callable[[], 
     return steps
 
 
+def _acceptance_systems(config: ConfigDict, target: Target, text: str) -> dict[str, Callable[[], float]]:
+    """Name -> seconds of scoring a window of real text, and of `residual` on the scores, its drafts that text."""
+    G, context = config.acceptance_drafts, config.step_context
+    tokens = encode_prompt(target.tokenizer, text, False)[: context + G + 1]
+    if len(tokens) < context + G + 1:
+        raise SpecJAXError(
+            f"config.step_context={context}: the prompts together have fewer tokens; expected a smaller context."
+        )
+    cache = decoder.init_cache(target.config, 1, kv.round_capacity(len(tokens)), target.dtype)
+    apply = jax.jit(functools.partial(decoder.apply, target.config), compiler_options=narrow_options())
+    cache = apply(target.params, jnp.array([tokens[:context]]), jnp.zeros(1, jnp.int32), cache).cache
+    window, start = jnp.array([tokens[context:]]), jnp.array([context])
+    logits, drafts = apply(target.params, window, start, cache).logits, window[:, 1:]
+
+    def timed(run: Callable[[int], Any]) -> Callable[[], float]:
+        jax.block_until_ready(run(0))
+
+        def average() -> float:
+            began = time.perf_counter()
+            for number in range(BARE_STEPS):
+                out = run(number)
+            jax.block_until_ready(out)
+            return (time.perf_counter() - began) / BARE_STEPS
+
+        return average
+
+    def accepting(params: SamplingParams) -> Callable[[], float]:
+        fields = jnp.array([params.temperature]), jnp.array([params.top_k]), jnp.array([params.top_p])
+        rows = SamplingState(*fields, jnp.array([params.min_p]), jax.random.key(params.seed)[None])
+
+        @jax.jit
+        def accept(logits: jax.Array, drafts: jax.Array, rows: SamplingState, length: jax.Array) -> Any:
+            return residual(logits, Proposal(drafts), rows, round_uniforms(rows, length, G))
+
+        return timed(lambda number: accept(logits, drafts, rows, jnp.array([number])))
+
+    systems = {"score": timed(lambda _: apply(target.params, window, start, cache).logits)}
+    for name, fields in config.acceptance.items():
+        systems[f"acceptance, {name}"] = accepting(SamplingParams.model_validate(plain_dict(fields)))
+    return systems
+
+
 def _rows(rates: dict[str, float], step_ms: dict[str, float], config: ConfigDict) -> list[dict[str, Any]]:
     """One row a claim."""
     plain = rates["plain"]
@@ -181,4 +227,8 @@ def _rows(rates: dict[str, float], step_ms: dict[str, float], config: ConfigDict
     rows.append(row("a step in the loop over a bare step", f"{small:.2f} / {bare:.2f} ms", small / bare, "<= 1.05"))
     names = f"capacity {config.capacities[1]} over {config.capacities[0]}, equal context"
     rows.append(row(names, f"{large:.2f} / {small:.2f} ms", large / small, "<= 1.10"))
+    for name in config.acceptance:
+        spent = step_ms[f"acceptance, {name}"]
+        whole = spent + step_ms["score"]
+        rows.append(row(f"acceptance of a round, {name}", f"{spent:.2f} / {whole:.2f} ms", spent / whole, "<= 0.05"))
     return rows
