@@ -76,10 +76,8 @@ def run_generate(arguments: list[str]) -> int:
         f"{metrics.compile_seconds:.1f} s]",
         file=sys.stderr,
     )
-    if not result.lossless:
-        print(
-            f"[lossy: {config.speculative.rejection_sampling_strategy} does not keep the target's law]", file=sys.stderr
-        )
+    if method and not result.lossless:
+        print(f"[lossy: {method.rejection_sampling_strategy} does not keep the target's law]", file=sys.stderr)
     check_finite(result, config.target)
     return 0
 

@@ -484,6 +484,8 @@ class SpeculativeConfig(_Settings):
             cls._refuse("method", method, remedy)
         if method == "draft_model" and "model" not in values and "assistant_early_exit" not in values:
             cls._refuse("model", None)
+        if "revision" in values and "model" not in values and method == "draft_model":
+            cls._refuse("revision", values["revision"], "no model is given that it could be of: leave it out")
         if names_ngram:
             if method == "draft_model":
                 cls._refuse("model", "ngram", "it selects method='ngram': write './ngram' for a directory of that name")
@@ -734,9 +736,10 @@ class SamplingParams(_Settings):
         1.0,
         "Divides the positive logits and multiplies the negative ones of tokens in the prompt or the output. No unit. "
         "Default: 1.0, off.",
-        expected="a finite number > 0",
+        expected="a number in [0.01, 100]",
         remedy="1 is off, larger ones repeat less",
-        gt=0,
+        ge=0.01,
+        le=100,
         allow_inf_nan=False,
     )
     frequency_penalty: Number = _setting(

@@ -200,8 +200,8 @@ def _adjustment(rows: dict[str, jax.Array]) -> Adjustment | None:
         return None
     batch, capacity = rows["tokens"].shape
     prompt = jnp.arange(capacity) < rows["length"][:, None]
-    tokens = jnp.where(prompt, rows["tokens"], -1)
-    in_prompt = jnp.zeros(rows["bias"].shape, bool).at[jnp.arange(batch)[:, None], tokens].set(True, mode="drop")
+    tokens = jnp.where(prompt, rows["tokens"], rows["tokens"][:, :1])
+    in_prompt = jnp.zeros(rows["bias"].shape, bool).at[jnp.arange(batch)[:, None], tokens].set(True)
     names = ("bias", "repetition_penalty", "frequency_penalty", "presence_penalty")
     return Adjustment(
         **{name: rows[name] for name in names}, in_prompt=in_prompt, counts=jnp.zeros(in_prompt.shape, jnp.int32)

@@ -60,7 +60,7 @@ class Adjustment(flax.struct.PyTreeNode):
         """Counts the first num_new, int32[B], of int32[B, T] tokens as output."""
         rows = jnp.arange(tokens.shape[0])[:, None]
         new = jnp.arange(tokens.shape[1]) < num_new[:, None]
-        return self.replace(counts=self.counts.at[rows, jnp.where(new, tokens, -1)].add(new, mode="drop"))
+        return self.replace(counts=self.counts.at[rows, jnp.where(new, tokens, 0)].add(new))
 
 
 class ThinkingPhase(flax.struct.PyTreeNode):
@@ -154,8 +154,7 @@ def truncate(logits: jax.Array, sampling: SamplingState) -> Law:
 
 def entropy(law: Law) -> jax.Array:
     """float32[...]: the entropy of the truncated distribution in nats; 0 for greedy rows."""
-    kept = law.logits >= law.threshold[..., None]
-    logs = jnp.where(kept, law.logits - law.log_total[..., None], -jnp.inf)
+    logs = law.log_probabilities()
     terms = jnp.where(logs > -jnp.inf, -logs * jnp.exp(logs), 0.0)
     return jnp.where(law.greedy, 0.0, terms.sum(axis=-1))
 

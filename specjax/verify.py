@@ -119,7 +119,8 @@ def block(logits: jax.Array, proposal: Proposal, sampling: SamplingState, unifor
 def logit_comparison(logits: jax.Array, proposal: Proposal, sampling: SamplingState, uniforms: Uniforms) -> Verdict:
     """Accepts a draft unless the drafter's logit of it exceeds the target's (MAX's logit-comparison). Lossy.
 
-    Logits of two models have no common scale, so this is a heuristic. next_token is drawn from the target.
+    Logits of two models have no common scale, so this is a heuristic; bias and penalties move the target's alone.
+    next_token is drawn from the target.
     """
     check_inputs(logits, proposal.tokens, None, sampling.truncation, *uniforms)
     if proposal.logits is None:
@@ -169,9 +170,10 @@ def relaxed(
 ) -> Verdict:
     """While a row thinks, accepts drafts among the target's best few; other rows match tokens. Lossy.
 
-    A thinking row that samples accepts a draft if it is one of the topk best tokens and its probability before
-    temperature is at least the best one's minus probability_delta (MAX), or its log-probability at least the best one's
-    minus log_delta (TensorRT-LLM). A rejection gives the best token, full acceptance a drawn one.
+    A row that samples and was thinking when the round began accepts a draft if it is one of the topk best tokens and
+    its probability, after bias and penalties and before temperature, is at least the best one's minus probability_delta
+    (MAX), or its log-probability at least the best one's minus log_delta (TensorRT-LLM). A rejection gives the best
+    token, full acceptance a drawn one.
     """
     strict = token_matching(logits, proposal, sampling, uniforms)
     ones = jnp.ones_like(sampling.temperature)
@@ -241,7 +243,7 @@ def round_uniforms(sampling: SamplingState, length: jax.Array, num_speculative_t
 
 def geometric_rates(rate: float, num: int) -> tuple[float, ...]:
     """MAX's synthetic_acceptance_rate: unconditional rates a, a**2, ... whose mean is rate."""
-    low, high = 0.0, 1.0
+    low, high = (rate, rate) if rate in (0.0, 1.0) else (0.0, 1.0)
     while high - low > 1e-12:
         base = (low + high) / 2
         mean = sum(base ** (i + 1) for i in range(num)) / num

@@ -131,6 +131,7 @@ def test_an_ngram_config_has_these_defaults():
         "method": "ngram",
         "model": None,
         "revision": None,
+        "assistant_early_exit": None,
         "max_model_len": None,
         "num_speculative_tokens": 2,
         "draft_sample_method": "greedy",
@@ -147,6 +148,7 @@ def test_a_draft_model_config_has_these_defaults():
         "method": "draft_model",
         "model": "draft/directory",
         "revision": None,
+        "assistant_early_exit": None,
         "max_model_len": None,
         "num_speculative_tokens": 2,
         "draft_sample_method": "probabilistic",
@@ -206,6 +208,22 @@ def test_one_ngram_size_sets_both(given, resolved):
 )
 def test_a_wrong_value_is_refused_by_name_with_what_was_expected(field, value, expected):
     assert f"SpeculativeConfig.{field}={value!r}: expected {expected}" in refusal(ngram, **{field: value})
+
+
+def test_an_early_exit_needs_no_model():
+    config = SpeculativeConfig(assistant_early_exit="20")
+    assert (config.method, config.model, config.assistant_early_exit) == ("draft_model", None, 20)
+    assert SpeculativeConfig(model="some/draft", assistant_early_exit=2).model == "some/draft"
+
+
+@pytest.mark.parametrize("rule", ["strict", "typical-acceptance"])
+def test_rules_that_match_tokens_draft_greedily_by_default(rule):
+    assert SpeculativeConfig(model="some/draft", rejection_sampling_strategy=rule).draft_sample_method == "greedy"
+
+
+def test_an_early_exit_without_model_has_no_revision():
+    with pytest.raises(ConfigError, match=r"SpeculativeConfig.revision='main': .* no model is given"):
+        SpeculativeConfig(assistant_early_exit=2, revision="main")
 
 
 @pytest.mark.parametrize("field, value", [("max_model_len", 0), ("revision", ""), ("revision", 3), ("model", "")])
@@ -755,7 +773,7 @@ def test_the_hash_is_the_same_for_the_same_graph():
         ngram().compute_hash()
         == SpeculativeConfig(model="ngram", enforce_eager=True, prompt_lookup_min=5).compute_hash()
     )
-    assert ngram().compute_hash() == "64d9821b40f34aba"  # stable between processes and machines
+    assert ngram().compute_hash() == "5b46b1685268e625"  # stable between processes and machines
 
 
 # Both classes
@@ -950,11 +968,11 @@ def test_no_seed_is_seed_zero_and_the_largest_is_accepted():
         ("ignore_eos", 3, "True or False"),
         ("logprobs", 5, "True or False"),
         ("logprobs", None, "True or False"),
-        ("repetition_penalty", 0, "a finite number > 0"),
-        ("repetition_penalty", -1, "a finite number > 0"),
-        ("repetition_penalty", math.inf, "a finite number > 0"),
-        ("repetition_penalty", math.nan, "a finite number > 0"),
-        ("repetition_penalty", True, "a finite number > 0"),
+        ("repetition_penalty", 0, "a number in [0.01, 100]"),
+        ("repetition_penalty", -1, "a number in [0.01, 100]"),
+        ("repetition_penalty", math.inf, "a number in [0.01, 100]"),
+        ("repetition_penalty", math.nan, "a number in [0.01, 100]"),
+        ("repetition_penalty", True, "a number in [0.01, 100]"),
         ("frequency_penalty", 2.1, "a number in [-2, 2]"),
         ("frequency_penalty", math.nan, "a number in [-2, 2]"),
         ("frequency_penalty", "much", "a number in [-2, 2]"),

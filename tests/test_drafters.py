@@ -1,5 +1,7 @@
 """Drafters: what n-gram lookup proposes, and that the draft model proposes what it would decode itself."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,12 @@ from laws import RowParams
 from models import next_logits, random_target
 from test_sampling import state_of
 
+from specjax.config import SamplingParams, SpeculativeConfig
 from specjax.drafters.base import NO_DRAFT, Context, Features
 from specjax.drafters.draft_model import draft_model
 from specjax.drafters.ngram import lookup
+from specjax.errors import ConfigError
+from specjax.generate import SpeculativeDecoder
 
 
 def reference_lookup(text, num, shortest, longest):
@@ -137,3 +142,25 @@ def test_random_numbers_of_drafts_come_from_the_proposing_domain():
         outcomes.add(tuple(jax.device_get(propose(draft.params, cache, context)[0].tokens)[0].tolist()))
     # Five sequences of 8 nearly uniform draws out of 97 tokens: odds of any two being equal are below 1e-12.
     assert len(outcomes) == 5
+
+
+def test_an_early_exit_drafts_what_the_first_layers_would_decode():
+    target = random_target(3)
+    plain = SpeculativeDecoder(target)
+    shallow = dataclasses.replace(
+        target, config=dataclasses.replace(target.config, num_layers=1, sliding_windows=(None,))
+    )
+    config = SpeculativeConfig(assistant_early_exit=1, num_speculative_tokens=3)
+    exiting = SpeculativeDecoder(target, config)
+    drafted = SpeculativeDecoder(
+        target, config.model_copy(update={"model": "m", "assistant_early_exit": None}), draft=shallow
+    )
+    params = SamplingParams(max_tokens=24)
+    results = [decoder.generate([[5, 6, 7]], params) for decoder in (plain, exiting, drafted)]
+    assert results[0].token_ids == results[1].token_ids == results[2].token_ids
+    assert results[1].metrics.acceptance_counts.tolist() == results[2].metrics.acceptance_counts.tolist()
+
+
+def test_an_early_exit_behind_the_last_layer_is_refused():
+    with pytest.raises(ConfigError, match=r"assistant_early_exit=2: random-0 has 2 layers; expected fewer"):
+        SpeculativeDecoder(random_target(0), SpeculativeConfig(assistant_early_exit=2))

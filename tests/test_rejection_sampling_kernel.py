@@ -134,6 +134,12 @@ SPECIAL = {
     "forbidden tokens": lambda logits, accept, recover: {
         "logits": filled(logits, np.s_[..., ::3], np.s_[2, :, 5:], value=-np.inf)
     },
+    "masked by a number": lambda logits, accept, recover: {"logits": filled(logits, np.s_[..., ::3], value=-3e38)},
+    # Low enough for peak / temperature to have no digits left for what is added to it.
+    "cold": lambda logits, accept, recover: {
+        "logits": logits + 500,
+        "rows": truncation([RowParams(0.05), RowParams(0.02, top_k=3), RowParams(0.1, top_p=0.9)] * 3),
+    },
     "one finite logit": lambda logits, accept, recover: {
         "logits": filled(logits - np.inf, np.s_[..., 4321], value=2.0)
     },

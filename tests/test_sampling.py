@@ -58,6 +58,26 @@ def test_a_row_is_truncated_the_same_whoever_shares_its_batch():
         np.testing.assert_array_equal(together[row], all_probabilities(logits[row : row + 1], [params])[0])
 
 
+@pytest.mark.exact
+@pytest.mark.parametrize("temperature", [1e-4, 1e-3, 0.03, 1e3])
+def test_probabilities_add_up_to_one_at_every_temperature(temperature):
+    logits = np.random.RandomState(0).randn(2, 3, 400).astype(np.float32) * 3 + 600
+    rows = [RowParams(temperature), RowParams(temperature, top_k=30, top_p=0.9)]
+    found = all_probabilities(logits, rows)
+    np.testing.assert_allclose(found.sum(axis=-1), 1, atol=1e-6)
+    np.testing.assert_allclose(found[1, 0], truncated(logits[1, 0], rows[1]), atol=1e-5)
+
+
+@pytest.mark.exact
+@pytest.mark.parametrize("mask", [-1e9, -1e30, float(np.finfo(np.float32).min), -np.inf])
+def test_tokens_masked_by_a_large_number_change_no_cut(mask):
+    logits = np.array([[[3.0, 2.0, 1.0, 0.0, -1.0, mask, mask]]] * 3)
+    rows = [RowParams(top_k=2), RowParams(top_p=0.5), RowParams(2.0, top_k=6, top_p=0.99)]
+    found = all_probabilities(logits, rows)
+    for row, params in enumerate(rows):
+        np.testing.assert_allclose(found[row, 0], truncated(logits[row, 0], params), atol=1e-6)
+
+
 def test_top_p_cuts_after_temperature_and_not_before():
     logits = np.log(np.array([[[0.5, 0.3, 0.2]]], np.float32))
     hot = all_probabilities(logits, [RowParams(temperature=5.0, top_p=0.6)])[0, 0]
@@ -129,8 +149,8 @@ def test_the_box_of_uniforms_that_draws_a_token_is_as_large_as_its_probability(v
 
 
 def test_a_top_p_that_rounds_to_zero_keeps_the_best_token():
-    probs = all_probabilities(np.array([[[1.0, 2.0, 0.0]]]), [RowParams(top_p=1e-46)])[0, 0]
-    assert probs.tolist() == [0, 1, 0]
+    probs = all_probabilities(np.array([[[1.0, 2.0, 0.0], [2.0, 1.0, 2.0]]]), [RowParams(top_p=1e-46)])[0]
+    assert probs.tolist() == [[0, 1, 0], [0.5, 0, 0.5]]
 
 
 def test_no_token_of_zero_weight_is_drawn_where_a_parallel_sum_rounds():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.rejection_sampling.base import NO_DRAFT, Truncation, Verdict
+from pallas_kernels.rejection_sampling.base import CHUNK, LANES, NO_DRAFT, Truncation, Verdict
 
 RULES = ("residual", "matching", "block")
 """residual: accept a draft if u * draft_prob < target_prob, else draw from what the draft's law leaves of the target's.
@@ -19,9 +19,11 @@ IMPLEMENTATIONS = ("tpu", "gpu", "xla", "reference")
 """tpu and gpu are Pallas kernels, xla is sort-free jax.numpy for any platform, reference the slow twin of them all."""
 
 
-def default_implementation() -> str:
-    """The best implementation for the platform that jax runs on."""
-    return {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}.get(jax.default_backend(), "xla")
+def default_implementation(vocab_size: int) -> str:
+    """The best implementation for the platform that jax runs on and a vocabulary."""
+    if jax.default_backend() == "tpu" and vocab_size > LANES * CHUNK:
+        return "xla"
+    return {"tpu": "tpu", "gpu": "gpu"}.get(jax.default_backend(), "xla")
 
 
 def rejection_sample(
@@ -64,7 +66,7 @@ def rejection_sample(
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={implementation!r}: expected one of {', '.join(IMPLEMENTATIONS)}, or None.")
     check_inputs(logits, drafts, draft_probs, rows, accept_uniforms, recover_uniforms, axis=axis)
-    name = implementation or ("xla" if axis is not None else default_implementation())
+    name = implementation or ("xla" if axis is not None else default_implementation(logits.shape[-1]))
     if axis is not None:
         if name != "xla":
             raise NotImplementedError(f"implementation={name!r}: has no vocabulary-sharded form; use 'xla' or None.")
@@ -92,8 +94,8 @@ def check_inputs(
 ) -> None:
     """Refuses shapes and dtypes that disagree and, outside jit, values that can't be.
 
-    Inside jit values are not known: there a row whose logits are not finite gets some token, and its caller has to look
-    at the logits.
+    Inside jit values are not known, and under jax.disable_jit not looked at: there a row whose logits are not finite
+    gets some token, and its caller has to look at the logits. Uniforms are never looked at.
 
     Raises:
         ValueError: names the argument, what it has, and what was expected.
@@ -116,7 +118,9 @@ def check_inputs(
         _expect("recover_uniforms", recover_uniforms, (B, T, 3), "[B, G + 1, 3]")
     for name, field in rows._asdict().items():
         _expect(name, field, (B,), "[B]")
-    if any(isinstance(x, jax.core.Tracer) for x in (logits, drafts, draft_probs, *rows)):
+    if jax.config.jax_disable_jit or any(
+        isinstance(x, jax.core.Tracer) for x in (logits, drafts, draft_probs, *rows)
+    ):
         return
     _check_values(np.asarray(logits, np.float32), np.asarray(drafts), draft_probs, rows, sharded=axis is not None)
 

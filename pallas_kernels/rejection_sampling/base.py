@@ -6,6 +6,7 @@ Dimensions: B rows of a batch, G drafts, T = G + 1 positions, V vocabulary.
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 NO_DRAFT = -1
 """A draft that is none: always rejected, and what follows it in its row is never looked at."""
@@ -21,10 +22,10 @@ A float32 uniform has 23 bits, too few to reach the tail of a large vocabulary i
 
 
 MAX_BISECTIONS = 64
-"""Steps that the search for a threshold may take: more than float32 logits need, except around zero.
+"""Steps that the search for a threshold may take: they narrow it down to 2**-64 of DEPTH temperatures."""
 
-There tokens closer to each other than 2**-40 or so count as tied.
-"""
+DEPTH = 110.0
+"""How far below the best token, in temperatures, the search for thresholds begins: exp(-DEPTH) is 0 in float32."""
 
 
 class Truncation(NamedTuple):
@@ -55,3 +56,8 @@ class Verdict(NamedTuple):
 
     num_accepted: jax.Array
     next_token: jax.Array
+
+
+def inverse(temperature: jax.Array) -> jax.Array:
+    """1 / temperature; 1 for greedy rows. Stays where float32 numbers do."""
+    return 1 / jnp.where(temperature <= 0, 1.0, jnp.clip(temperature, 1e-30, 1e30))

@@ -16,7 +16,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.rejection_sampling.base import CHUNK, LANES, MAX_BISECTIONS, NO_DRAFT, Truncation, Verdict
+from pallas_kernels.rejection_sampling.base import (
+    CHUNK,
+    DEPTH,
+    LANES,
+    MAX_BISECTIONS,
+    NO_DRAFT,
+    Truncation,
+    Verdict,
+    inverse,
+)
 
 PIECE = 4 * CHUNK
 """Tokens in one load: 16 a thread, as many as its 128 registers hold beside the sums."""
@@ -29,12 +38,14 @@ class _Law(NamedTuple):
 
     Attributes:
         best: int32[B, T], the first token with the largest logit.
-        threshold: float32[B, T], at most the smallest logit / temperature that is kept, and above the next one.
-        log_total: float32[B, T], log of the sum of exp(logits / temperature) kept.
+        peak: float32[B, T], that logit.
+        threshold: float32[B, T], at most the smallest logit that is kept, and above the next one.
+        log_total: float32[B, T], log of the sum of exp((logits - peak) / temperature) kept.
         of_draft: float32[B, T], the draft's probability; any number where there is no draft.
     """
 
     best: jax.Array
+    peak: jax.Array
     threshold: jax.Array
     log_total: jax.Array
     of_draft: jax.Array
@@ -54,7 +65,7 @@ def rejection_sample(
     B, T, _ = logits.shape
     everywhere = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     drafts = jnp.pad(drafts.astype(jnp.int32), ((0, 0), (0, 1)), constant_values=NO_DRAFT)
-    law = _Law(*_call(_law_kernel, T, (jnp.int32, *[jnp.float32] * 3), (logits, drafts, rows), interpret))
+    law = _Law(*_call(_law_kernel, T, (jnp.int32, *[jnp.float32] * 4), (logits, drafts, rows), interpret))
 
     def draw(positions: jax.Array, drafts: jax.Array, probs: jax.Array | None, scale: jax.Array) -> list[jax.Array]:
         """int32[B, P], tokens at positions[B, P], and float32[B, P], the totals of the weights they were drawn from."""
@@ -84,7 +95,7 @@ def rejection_sample(
         tokens, rest = draw(everywhere, drafts, draft_probs, scale)
         others = rest + 1.0 - scale
         limit = jnp.where(others > 0, rest / jnp.where(others > 0, others, 1.0), 1.0)
-        passes = (jnp.pad(accept_uniforms, ((0, 0), (1, 0))) <= limit) & (scale > 0)
+        passes = (jnp.pad(accept_uniforms, ((0, 0), (1, 0))) < limit) & (scale > 0)
         num_accepted = jnp.where(passes, everywhere, 0).max(axis=1)
     return Verdict(num_accepted, jnp.take_along_axis(tokens, num_accepted[:, None], axis=1)[:, 0])
 
@@ -111,7 +122,7 @@ def _call(kernel: Callable[..., None], P: int, dtypes: tuple, inputs: tuple, int
 def _law_kernel(logits, drafts, rows, *law) -> None:
     """A position's numbers; logits: [T, V]."""
     position, V = pl.program_id(1), logits.shape[-1]
-    greedy, scale = rows.temperature[...] <= 0, _inverse(rows.temperature[...])
+    greedy, scale = rows.temperature[...] <= 0, inverse(rows.temperature[...])
     zeros = jnp.zeros(PIECE)
 
     def over_pieces(step, start):
@@ -119,7 +130,7 @@ def _law_kernel(logits, drafts, rows, *law) -> None:
         return jax.lax.fori_loop(0, pl.cdiv(V, PIECE), lambda i, carry: step(i * PIECE, carry), start)
 
     def load(start):
-        return _load(logits, position, start, PIECE, other=-jnp.inf) * scale
+        return _load(logits, position, start, PIECE, other=-jnp.inf)
 
     def find_ends(start, carry):
         peak, best, lowest = carry
@@ -137,7 +148,7 @@ def _law_kernel(logits, drafts, rows, *law) -> None:
         def add(start, carry):
             x = load(start)
             kept = x >= threshold
-            return carry[0] + jnp.where(kept, 1.0, 0.0), carry[1] + jnp.where(kept, jnp.exp(x - peak), 0.0)
+            return carry[0] + jnp.where(kept, 1.0, 0.0), carry[1] + jnp.where(kept, jnp.exp((x - peak) * scale), 0.0)
 
         count, mass = over_pieces(add, (zeros, zeros))
         return threshold, count.sum(), mass.sum()
@@ -163,20 +174,21 @@ def _law_kernel(logits, drafts, rows, *law) -> None:
 
     def truncate():
         top_k, top_p, min_p = rows.top_k[...].astype(jnp.float32), rows.top_p[...], rows.min_p[...]
-        kept = above(lowest)
+        kept = above(jnp.maximum(lowest, peak - DEPTH / scale))
         kept = bisect(lambda at: at[1] >= top_k, kept, (top_k > 0) & (top_k < kept[1]))
-        wanted = top_p * kept[2]
+        wanted = jnp.maximum(top_p * kept[2], jnp.finfo(jnp.float32).tiny)
         kept = tuple(bisect(lambda at: at[2] >= wanted, kept, top_p < 1.0))
-        least = jnp.where(min_p > 0, peak + jnp.log(min_p), -jnp.inf)
+        least = jnp.where(min_p > 0, peak + jnp.log(min_p) / scale, -jnp.inf)
         threshold, _, mass = jax.lax.cond(least > kept[0], lambda: above(least), lambda: kept)
-        return threshold, peak + jnp.log(mass)
+        return threshold, jnp.log(mass)
 
+    # Greedy rows use neither.
     threshold, log_total = jax.lax.cond(greedy, lambda: (peak, peak), truncate)
     draft = drafts[position]
-    logit = logits[position, jnp.maximum(draft, 0)].astype(jnp.float32) * scale
-    sampled = jnp.where(logit >= threshold, jnp.exp(logit - log_total), 0.0)
+    logit = logits[position, jnp.maximum(draft, 0)].astype(jnp.float32)
+    sampled = jnp.where(logit >= threshold, jnp.exp((logit - peak) * scale - log_total), 0.0)
     of_draft = jnp.where(greedy, (draft == best).astype(jnp.float32), sampled)
-    for ref, number in zip(law, _Law(best, threshold, log_total, of_draft), strict=True):
+    for ref, number in zip(law, _Law(best, peak, threshold, log_total, of_draft), strict=True):
         ref[...] = number
 
 
@@ -184,11 +196,12 @@ def _draw_kernel(logits, draft_probs, drafts, scales, uniforms, temperature, law
     """A token from max(scale * target's law - draft's law, 0) and that weight's total; logits: [T, V]."""
     position, V = positions[pl.program_id(1)], logits.shape[-1]
     draft, scale, temperature = drafts[position], scales[position], temperature[...]
-    best, threshold, log_total = law.best[position], law.threshold[position], law.log_total[position]
+    best, peak = law.best[position], law.peak[position]
+    threshold, log_total = law.threshold[position], law.log_total[position]
 
     def target(start, size):
-        x = _load(logits, position, start, size, other=-jnp.inf) * _inverse(temperature)
-        sampled = jnp.where(x >= threshold, jnp.exp(x - log_total), 0.0)
+        x = _load(logits, position, start, size, other=-jnp.inf)
+        sampled = jnp.where(x >= threshold, jnp.exp((x - peak) * inverse(temperature) - log_total), 0.0)
         return jnp.where(temperature <= 0, (start + jnp.arange(size) == best).astype(jnp.float32), sampled)
 
     def residual(start, size):
@@ -237,10 +250,6 @@ def _load(ref, row: jax.Array, start: jax.Array, size: int, other: float, wanted
     """float32[size]: a part of ref[row]; other behind its end, and everywhere if it is not wanted."""
     inside = (start + jnp.arange(size) < ref.shape[-1]) & wanted
     return plgpu.load(ref.at[row, pl.ds(start, size)], mask=inside, other=other).astype(jnp.float32)
-
-
-def _inverse(temperature: jax.Array) -> jax.Array:
-    return 1 / jnp.where(temperature <= 0, 1.0, temperature)
 
 
 def _leading(passes: jax.Array) -> jax.Array:

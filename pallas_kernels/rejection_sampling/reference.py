@@ -74,7 +74,7 @@ def rejection_sample(
         scale = jnp.stack(scales, axis=1)
         rest = jnp.maximum(scale[..., None] * target - proposal, 0.0).sum(axis=-1)
         limit = jnp.where(rest + 1 - scale > 0, rest / (rest + 1 - scale), 1.0)
-        passes = (jnp.pad(accept_uniforms, ((0, 0), (1, 0))) <= limit) & (scale > 0)
+        passes = (jnp.pad(accept_uniforms, ((0, 0), (1, 0))) < limit) & (scale > 0)
         passes = passes.at[:, 0].set(True)
         num_accepted = jnp.where(passes, jnp.arange(T), 0).max(axis=1)
 

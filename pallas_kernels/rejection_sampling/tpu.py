@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.rejection_sampling.base import CHUNK, LANES, NO_DRAFT, Truncation, Verdict
+from pallas_kernels.rejection_sampling.base import CHUNK, DEPTH, LANES, NO_DRAFT, Truncation, Verdict, inverse
 from pallas_kernels.rejection_sampling.xla import bisect
 
 TILE = 8
@@ -27,7 +27,7 @@ TILE = 8
 MAX_VOCAB = CHUNK * LANES
 """The draw keeps one number for each chunk of the vocabulary in the lanes of a register."""
 
-SMALLEST = float(np.finfo(np.float32).min)
+SMALLEST, TINY = float(np.finfo(np.float32).min), float(np.finfo(np.float32).tiny)
 
 
 class _Row(NamedTuple):
@@ -35,10 +35,11 @@ class _Row(NamedTuple):
 
     starts: jax.Array
     inverse_temperature: jax.Array
+    depth: jax.Array
     greedy: jax.Array
     top_k: jax.Array
     top_p: jax.Array
-    log_min_p: jax.Array
+    min_p_depth: jax.Array
     draft: jax.Array
     accept_uniform: jax.Array
     chunk_uniform: jax.Array
@@ -129,11 +130,12 @@ def _table(
     behind = ((0, 0), (0, 1))
     fields = _Row(
         starts=jnp.arange(G + 1)[None] == 0,
-        inverse_temperature=(1 / jnp.where(greedy, 1.0, rows.temperature))[:, None],
+        inverse_temperature=inverse(rows.temperature)[:, None],
+        depth=(DEPTH / inverse(rows.temperature))[:, None],
         greedy=greedy[:, None],
         top_k=jnp.minimum(rows.top_k, V)[:, None],
         top_p=rows.top_p[:, None],
-        log_min_p=jnp.log(rows.min_p)[:, None],
+        min_p_depth=(jnp.log(rows.min_p) / inverse(rows.temperature))[:, None],
         draft=jnp.pad(drafts, behind, constant_values=NO_DRAFT),
         # Block verification tests the prefix that ends before a position.
         accept_uniform=jnp.pad(accept_uniforms, ((0, 0), (1, 0)) if rule == "block" else behind),
@@ -208,7 +210,7 @@ def _kernel(table_ref, logits_ref, *refs, rule: str, V: int, sampled: bool, stac
         greedy = row.greedy > 0
         if sampled:
             draft_block(lambda copy: copy.start())
-        best, threshold, log_total, target_prob = _truncate(logits_ref, x_ref, row, V)
+        best, peak, threshold, log_total, target_prob = _truncate(logits_ref, x_ref, row, V)
         draft_prob = jnp.ones_like(entering)
         if sampled:
             draft_block(lambda copy: copy.wait())
@@ -216,7 +218,9 @@ def _kernel(table_ref, logits_ref, *refs, rule: str, V: int, sampled: bool, stac
         # A token that its own distribution rules out comes from a broken drafter (NaN), which may only cost speed.
         possible = (row.draft >= 0) & (draft_prob > 0)
         ones = jnp.ones_like(entering)
-        rest = _Rest(x_ref, q_ref, row.draft, threshold, log_total, ones, ones * (row.draft >= 0))
+        rest = _Rest(
+            x_ref, q_ref, row.draft, peak, row.inverse_temperature, threshold, log_total, ones, ones * (row.draft >= 0)
+        )
 
         def token_from(draws, rest, sums):
             drawn = jax.lax.cond(_any(draws), lambda: _draw(rest, row, sums(), draws), lambda: best)
@@ -239,30 +243,30 @@ def _kernel(table_ref, logits_ref, *refs, rule: str, V: int, sampled: bool, stac
             sums = _chunk_sums(rest)
             others = _total(sums) + 1.0 - scale
             limit = jnp.where(others > 0, _total(sums) / jnp.where(others > 0, others, 1.0), 1.0)
-            ends = (scale > 0) & ((row.starts > 0) | (row.accept_uniform <= limit))
+            ends = (scale > 0) & ((row.starts > 0) | (row.accept_uniform < limit))
             token = token_from(ends & ~greedy, rest, lambda: sums)
         lane = _iota((TILE, LANES), 1)
         token = jnp.clip(token, 0, V - 1)
         out_ref[0] = jnp.where(lane == 0, ends.astype(jnp.int32), jnp.where(lane == 1, token, 0))
 
 
-def _truncate(logits_ref, x_ref, row: _Row, V: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+def _truncate(logits_ref, x_ref, row: _Row, V: int) -> tuple[jax.Array, ...]:
     """Applies temperature, top-k, top-p and min-p.
 
-    Fills x_ref, float32[TILE, padded V], with the logits divided by the temperature: -inf behind V and, in greedy rows,
-    everywhere but at the best token.
+    Fills x_ref, float32[TILE, padded V], with the logits: -inf behind V and, in greedy rows, everywhere but at the best
+    token.
 
     Returns:
         int32[TILE, 1], the first token with the largest logit.
+        float32[TILE, 1], that logit.
         float32[TILE, 1], the threshold from which on tokens are kept; finite.
-        float32[TILE, 1], log of the sum of exp(logits) kept.
+        float32[TILE, 1], log of the sum of exp((logits - peak) / temperature) kept.
         float32[TILE, 1], the draft's probability.
     """
-    factor = _wide(row.inverse_temperature)
 
     def fill(c, carry):
         high, where = carry
-        x = logits_ref[0, :, _chunk(c)].astype(jnp.float32) * factor
+        x = logits_ref[0, :, _chunk(c)].astype(jnp.float32)
         # What lies behind the vocabulary is whatever the memory held.
         x = jnp.where(_ids(c) < V, x, -jnp.inf)
         x_ref[:, _chunk(c)] = x
@@ -288,17 +292,18 @@ def _truncate(logits_ref, x_ref, row: _Row, V: int) -> tuple[jax.Array, jax.Arra
         lambda: jnp.full_like(peak, SMALLEST),
     )
     # Above -inf, so that neither forbidden tokens nor what lies behind the vocabulary are kept.
-    threshold = jnp.maximum(jnp.maximum(threshold, peak + row.log_min_p), SMALLEST)
-    smallest, largest = _wide(threshold), _wide(peak)
+    threshold = jnp.maximum(jnp.maximum(threshold, peak + row.min_p_depth), SMALLEST)
+    smallest, largest, factor = _wide(threshold), _wide(peak), _wide(row.inverse_temperature)
 
     def add(c, total):
         x = x_ref[:, _chunk(c)]
-        return _plus(total, jnp.where(x >= smallest, jnp.exp(x - largest), 0.0))
+        return _plus(total, jnp.where(x >= smallest, jnp.exp((x - largest) * factor), 0.0))
 
-    log_total = peak + jnp.log(_total(_sweep(x_ref, add, _zero())))
+    log_total = jnp.log(_total(_sweep(x_ref, add, _zero())))
     block = jax.lax.div(jnp.maximum(row.draft.astype(jnp.int32), 0), LANES)
     at_draft = _at_draft(_part(x_ref, block, LANES), row)
-    return best, threshold, log_total, jnp.where(at_draft >= threshold, jnp.exp(at_draft - log_total), 0.0)
+    drafted = jnp.exp((at_draft - peak) * row.inverse_temperature - log_total)
+    return best, peak, threshold, log_total, jnp.where(at_draft >= threshold, drafted, 0.0)
 
 
 def _at_draft(block: jax.Array, row: _Row) -> jax.Array:
@@ -309,19 +314,21 @@ def _at_draft(block: jax.Array, row: _Row) -> jax.Array:
 
 def _rank_and_mass_threshold(x_ref, peak: jax.Array, cuts: jax.Array, row: _Row) -> jax.Array:
     """float32[TILE, 1]: a threshold that keeps the k best tokens, and of these the fewest that hold p of their mass."""
-    largest = _wide(peak)
+    largest, factor = _wide(peak), _wide(row.inverse_temperature)
 
-    def look(c, carry):
-        lowest, num = carry
+    def look(c, lowest):
         x = x_ref[:, _chunk(c)]
-        return jnp.minimum(lowest, jnp.where(x > -jnp.inf, x, jnp.inf)), _plus(num, x > -jnp.inf)
+        return jnp.minimum(lowest, jnp.where(x > -jnp.inf, x, jnp.inf))
 
-    lowest, num_finite = _sweep(x_ref, look, (_wide(jnp.inf), _zero()))
-    lowest, num_finite = jnp.min(lowest, axis=1, keepdims=True), _total(num_finite)
+    lowest = jnp.min(_sweep(x_ref, look, _wide(jnp.inf)), axis=1, keepdims=True)
+    lowest = jnp.maximum(lowest, peak - row.depth)
+
+    def count(threshold):
+        threshold = _wide(threshold)
+        return _total(_sweep(x_ref, lambda c, num: _plus(num, x_ref[:, _chunk(c)] >= threshold), _zero()))
 
     def enough_tokens(threshold):
-        threshold = _wide(threshold)
-        num = _total(_sweep(x_ref, lambda c, num: _plus(num, x_ref[:, _chunk(c)] >= threshold), _zero()))
+        num = count(threshold)
         return num >= row.top_k, num
 
     def mass_above(threshold):
@@ -331,18 +338,20 @@ def _rank_and_mass_threshold(x_ref, peak: jax.Array, cuts: jax.Array, row: _Row)
             mass, num = carry
             x = x_ref[:, _chunk(c)]
             above = x >= threshold
-            return _plus(mass, jnp.where(above, jnp.exp(x - largest), 0.0)), _plus(num, above)
+            return _plus(mass, jnp.where(above, jnp.exp((x - largest) * factor), 0.0)), _plus(num, above)
 
         mass, num = _sweep(x_ref, add, (_zero(), _zero()))
         return _total(mass), _total(num)
 
-    ranked = cuts & (row.top_k > 0) & (row.top_k < num_finite)
-    rank = bisect(enough_tokens, lowest, peak, num_finite, ranked)
+    num_possible = count(lowest)
+    ranked = cuts & (row.top_k > 0) & (row.top_k < num_possible)
+    rank = bisect(enough_tokens, lowest, peak, num_possible, ranked)
     mass, num_kept = mass_above(rank)
 
     def enough_mass(threshold):
         above, num = mass_above(threshold)
-        return above >= row.top_p * mass, num
+        # A top_p that rounds to zero still wants something.
+        return above >= jnp.maximum(row.top_p * mass, TINY), num
 
     return bisect(enough_mass, rank, peak, num_kept, cuts & (row.top_p < 1.0))
 
@@ -354,6 +363,8 @@ class _Rest(NamedTuple):
         x_ref: float32[TILE, padded V] in VMEM, as _truncate leaves it.
         q_ref: float32[TILE, padded V] in VMEM, drafts' laws in rows that matter; None where each is all on its draft.
         draft: the other fields are float32[TILE, 1].
+        peak: as _truncate returns it.
+        inverse_temperature: of the rows.
         threshold: as _truncate returns it.
         log_total: as _truncate returns it.
         scale: what the target's law is multiplied by.
@@ -363,6 +374,8 @@ class _Rest(NamedTuple):
     x_ref: Any
     q_ref: Any
     draft: jax.Array
+    peak: jax.Array
+    inverse_temperature: jax.Array
     threshold: jax.Array
     log_total: jax.Array
     scale: jax.Array
@@ -371,7 +384,8 @@ class _Rest(NamedTuple):
     def weights(self, x: jax.Array, q: jax.Array | None, ids: jax.Array) -> jax.Array:
         """float32[TILE, CHUNK], given a chunk of the logits and of the drafts' laws, and its ids."""
         q = (ids == self.draft.astype(jnp.int32)).astype(jnp.float32) if q is None else q
-        rest = self.scale * jnp.exp(x - self.log_total) - jnp.where(self.minus > 0, q, 0.0)
+        target = jnp.exp((x - self.peak) * self.inverse_temperature - self.log_total)
+        rest = self.scale * target - jnp.where(self.minus > 0, q, 0.0)
         return jnp.where(x >= self.threshold, jnp.maximum(rest, 0.0), 0.0)
 
 

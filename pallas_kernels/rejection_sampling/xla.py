@@ -11,32 +11,53 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.rejection_sampling.base import CHUNK, LANES, MAX_BISECTIONS, NO_DRAFT, Truncation, Verdict
+from pallas_kernels.rejection_sampling.base import (
+    CHUNK,
+    DEPTH,
+    LANES,
+    MAX_BISECTIONS,
+    NO_DRAFT,
+    Truncation,
+    Verdict,
+    inverse,
+)
 
 
 class Law(NamedTuple):
     """A truncated distribution, or several, that is never written out over the vocabulary.
 
+    A token's log-probability is (logit - peak) / temperature - log_total. In this order nothing is lost at small
+    temperatures: peak / temperature is too large to add anything to.
+
     Attributes:
-        logits: float32[..., V], divided by the temperature (as they came for greedy rows).
+        logits: float32[..., V], before temperature.
+        peak: float32[...], the largest logit.
+        inverse_temperature: float32[...]; 1 for greedy rows.
         best: int32[...], the first token with the largest logit.
         threshold: float32[...], at most the smallest logit that is kept, and above the next one.
-        log_total: float32[...], log of the sum of exp(logits) kept.
+        log_total: float32[...], log of the sum of exp((logits - peak) / temperature) kept.
         greedy: bool[...].
     """
 
     logits: jax.Array
+    peak: jax.Array
+    inverse_temperature: jax.Array
     best: jax.Array
     threshold: jax.Array
     log_total: jax.Array
     greedy: jax.Array
 
+    def log_probabilities(self) -> jax.Array:
+        """float32[..., V], sampled rows' only; -inf for tokens that are cut."""
+        depth = (self.logits - self.peak[..., None]) * self.inverse_temperature[..., None]
+        return jnp.where(self.logits >= self.threshold[..., None], depth - self.log_total[..., None], -jnp.inf)
+
 
 @functools.partial(jax.jit, static_argnames="axis", inline=True)
 def truncate(logits: jax.Array, rows: Truncation, axis: str | None = None) -> Law:
     """Applies temperature, top-k, top-p and min-p to logits[..., V]; the fields of rows have its leading shape."""
-    greedy = rows.temperature <= 0
-    logits = logits.astype(jnp.float32) * (1 / jnp.where(greedy, 1.0, rows.temperature))[..., None]
+    greedy, inverse_temperature = rows.temperature <= 0, inverse(rows.temperature)
+    logits = logits.astype(jnp.float32)
     peak = _all_max(logits.max(axis=-1), axis)
     cuts = ~greedy & ((rows.top_k > 0) | (rows.top_p < 1.0))
     threshold = jax.lax.cond(
@@ -44,13 +65,16 @@ def truncate(logits: jax.Array, rows: Truncation, axis: str | None = None) -> La
         lambda: _rank_and_mass_threshold(logits, peak, cuts, rows, axis),
         lambda: jnp.full_like(peak, -jnp.inf),
     )
-    threshold = jnp.maximum(threshold, jnp.where(rows.min_p > 0, peak + jnp.log(rows.min_p), -jnp.inf))
-    kept = jnp.where(logits >= threshold[..., None], jnp.exp(logits - peak[..., None]), 0.0)
+    least = peak + jnp.log(rows.min_p) / inverse_temperature
+    threshold = jnp.maximum(threshold, jnp.where(rows.min_p > 0, least, -jnp.inf))
+    kept = jnp.where(logits >= threshold[..., None], _weights(logits, peak, rows), 0.0)
     return Law(
         logits=logits,
+        peak=peak,
+        inverse_temperature=inverse_temperature,
         best=_first_index(logits == peak[..., None], axis),
         threshold=threshold,
-        log_total=peak + jnp.log(_all_sum(kept.sum(axis=-1), axis)),
+        log_total=jnp.log(_all_sum(kept.sum(axis=-1), axis)),
         greedy=greedy,
     )
 
@@ -58,15 +82,15 @@ def truncate(logits: jax.Array, rows: Truncation, axis: str | None = None) -> La
 def probability_of(law: Law, tokens: jax.Array, axis: str | None = None) -> jax.Array:
     """float32[...]: the probability of one token each, int32[...]."""
     logit = _entry(law.logits, tokens, axis, absent=-jnp.inf)
-    sampled = jnp.where(logit >= law.threshold, jnp.exp(logit - law.log_total), 0.0)
+    sampled = jnp.exp((logit - law.peak) * law.inverse_temperature - law.log_total)
+    sampled = jnp.where(logit >= law.threshold, sampled, 0.0)
     return jnp.where(law.greedy, (tokens == law.best).astype(jnp.float32), sampled)
 
 
 def probabilities(law: Law, axis: str | None = None) -> jax.Array:
     """float32[..., V]: the distribution, on this device's part of the vocabulary."""
-    kept = law.logits >= law.threshold[..., None]
-    sampled = jnp.where(kept, jnp.exp(law.logits - law.log_total[..., None]), 0.0)
-    return jnp.where(law.greedy[..., None], _one_hot(law.best, law.logits.shape[-1], axis), sampled)
+    one_hot = _one_hot(law.best, law.logits.shape[-1], axis)
+    return jnp.where(law.greedy[..., None], one_hot, jnp.exp(law.log_probabilities()))
 
 
 def draw(weights: jax.Array, uniforms: jax.Array, axis: str | None = None) -> jax.Array:
@@ -215,7 +239,7 @@ def _block(state: _Round, here: _Position, coins: jax.Array) -> _Round:
     rest = _all_sum(rest.sum(axis=-1), here.axis)
     others = rest + 1.0 - scale
     limit = jnp.where(others > 0, rest / jnp.where(others > 0, others, 1.0), 1.0)
-    longest = state.alive & ((t == 0) | (_at(coins, jnp.maximum(t - 1, 0)) <= limit))
+    longest = state.alive & ((t == 0) | (_at(coins, jnp.maximum(t - 1, 0)) < limit))
     token = jax.lax.cond(longest.any(), lambda: _draw_rest(here, scale), lambda: state.token)
     target_prob, draft_prob = _drafted_probs(here)
     possible = here.drafted & (draft_prob > 0)
@@ -255,9 +279,8 @@ def _rank_and_mass_threshold(
     logits: jax.Array, peak: jax.Array, cuts: jax.Array, rows: Truncation, axis: str | None
 ) -> jax.Array:
     """float32[...]: a threshold that keeps the k best tokens, and of these the fewest that hold p of their mass."""
-    finite = logits > -jnp.inf
-    lowest = -_all_max(jnp.where(finite, -logits, -jnp.inf).max(axis=-1), axis)
-    num_finite = _all_sum(finite.sum(axis=-1), axis)
+    lowest = -_all_max(jnp.where(logits > -jnp.inf, -logits, -jnp.inf).max(axis=-1), axis)
+    lowest = jnp.maximum(lowest, peak - DEPTH / inverse(rows.temperature))
 
     def count(threshold: jax.Array) -> jax.Array:
         return _all_sum((logits >= threshold[..., None]).sum(axis=-1), axis)
@@ -266,16 +289,23 @@ def _rank_and_mass_threshold(
         num = count(threshold)
         return num >= rows.top_k, num
 
-    ranked = cuts & (rows.top_k > 0) & (rows.top_k < num_finite)
-    rank = bisect(enough_tokens, lowest, peak, num_finite, ranked)
-    weights = jnp.where(logits >= rank[..., None], jnp.exp(logits - peak[..., None]), 0.0)
-    wanted = rows.top_p * _all_sum(weights.sum(axis=-1), axis)
+    num_possible = count(lowest)
+    ranked = cuts & (rows.top_k > 0) & (rows.top_k < num_possible)
+    rank = bisect(enough_tokens, lowest, peak, num_possible, ranked)
+    weights = jnp.where(logits >= rank[..., None], _weights(logits, peak, rows), 0.0)
+    # A top_p that rounds to zero still wants something.
+    wanted = jnp.maximum(rows.top_p * _all_sum(weights.sum(axis=-1), axis), jnp.finfo(jnp.float32).tiny)
 
     def enough_mass(threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
         mass = jnp.where(logits >= threshold[..., None], weights, 0.0).sum(axis=-1)
         return _all_sum(mass, axis) >= wanted, count(threshold)
 
     return bisect(enough_mass, rank, peak, count(rank), cuts & (rows.top_p < 1.0))
+
+
+def _weights(logits: jax.Array, peak: jax.Array, rows: Truncation) -> jax.Array:
+    """float32[..., V]: the probabilities before any cut, times a number."""
+    return jnp.exp((logits - peak[..., None]) * inverse(rows.temperature)[..., None])
 
 
 def bisect(enough, low: jax.Array, peak: jax.Array, count_low: jax.Array, wanted: jax.Array) -> jax.Array:
