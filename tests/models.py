@@ -29,7 +29,7 @@ def random_target(seed: int, vocab_size: int = VOCAB, max_position: int = 512, *
         max_position=max_position,
         sliding_windows=(None, None),
     )
-    params = decoder.init(config, jax.random.key(seed))
+    params = jax.jit(functools.partial(decoder.init, config))(jax.random.key(seed))
     params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params)
     return Target(f"random-{seed}", config, params, jnp.dtype("float32"), **fields)
 

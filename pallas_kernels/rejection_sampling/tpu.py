@@ -35,11 +35,10 @@ class _Row(NamedTuple):
 
     starts: jax.Array
     inverse_temperature: jax.Array
-    depth: jax.Array
     greedy: jax.Array
     top_k: jax.Array
     top_p: jax.Array
-    min_p_depth: jax.Array
+    log_min_p: jax.Array
     draft: jax.Array
     accept_uniform: jax.Array
     chunk_uniform: jax.Array
@@ -131,11 +130,10 @@ def _table(
     fields = _Row(
         starts=jnp.arange(G + 1)[None] == 0,
         inverse_temperature=inverse(rows.temperature)[:, None],
-        depth=(DEPTH / inverse(rows.temperature))[:, None],
         greedy=greedy[:, None],
         top_k=jnp.minimum(rows.top_k, V)[:, None],
         top_p=rows.top_p[:, None],
-        min_p_depth=(jnp.log(rows.min_p) / inverse(rows.temperature))[:, None],
+        log_min_p=jnp.log(rows.min_p)[:, None],
         draft=jnp.pad(drafts, behind, constant_values=NO_DRAFT),
         # Block verification tests the prefix that ends before a position.
         accept_uniform=jnp.pad(accept_uniforms, ((0, 0), (1, 0)) if rule == "block" else behind),
@@ -210,7 +208,7 @@ def _kernel(table_ref, logits_ref, *refs, rule: str, V: int, sampled: bool, stac
         greedy = row.greedy > 0
         if sampled:
             draft_block(lambda copy: copy.start())
-        best, peak, threshold, log_total, target_prob = _truncate(logits_ref, x_ref, row, V)
+        best, threshold, log_total, target_prob = _truncate(logits_ref, x_ref, row, V)
         draft_prob = jnp.ones_like(entering)
         if sampled:
             draft_block(lambda copy: copy.wait())
@@ -218,9 +216,7 @@ def _kernel(table_ref, logits_ref, *refs, rule: str, V: int, sampled: bool, stac
         # A token that its own distribution rules out comes from a broken drafter (NaN), which may only cost speed.
         possible = (row.draft >= 0) & (draft_prob > 0)
         ones = jnp.ones_like(entering)
-        rest = _Rest(
-            x_ref, q_ref, row.draft, peak, row.inverse_temperature, threshold, log_total, ones, ones * (row.draft >= 0)
-        )
+        rest = _Rest(x_ref, q_ref, row.draft, threshold, log_total, ones, ones * (row.draft >= 0))
 
         def token_from(draws, rest, sums):
             drawn = jax.lax.cond(_any(draws), lambda: _draw(rest, row, sums(), draws), lambda: best)
@@ -253,14 +249,13 @@ def _kernel(table_ref, logits_ref, *refs, rule: str, V: int, sampled: bool, stac
 def _truncate(logits_ref, x_ref, row: _Row, V: int) -> tuple[jax.Array, ...]:
     """Applies temperature, top-k, top-p and min-p.
 
-    Fills x_ref, float32[TILE, padded V], with the logits: -inf behind V and, in greedy rows, everywhere but at the best
-    token.
+    Fills x_ref, float32[TILE, padded V], with (logits - largest) / temperature: -inf behind V and, in greedy rows,
+    everywhere but at the best token. In this order nothing is lost at small temperatures.
 
     Returns:
         int32[TILE, 1], the first token with the largest logit.
-        float32[TILE, 1], that logit.
-        float32[TILE, 1], the threshold from which on tokens are kept; finite.
-        float32[TILE, 1], log of the sum of exp((logits - peak) / temperature) kept.
+        float32[TILE, 1], the threshold in x_ref from which on tokens are kept; finite.
+        float32[TILE, 1], log of the sum of exp(x_ref) kept.
         float32[TILE, 1], the draft's probability.
     """
 
@@ -276,34 +271,32 @@ def _truncate(logits_ref, x_ref, row: _Row, V: int) -> tuple[jax.Array, ...]:
     peak = jnp.max(high, axis=1, keepdims=True)
     best = jnp.min(jnp.where(high == peak, _ids(where), V - 1), axis=1, keepdims=True)
     greedy = row.greedy > 0
+    largest, factor, only = _wide(peak), _wide(row.inverse_temperature), _wide(jnp.where(greedy, best, -1))
 
-    @pl.when(_any(greedy))
-    def _():
-        only = _wide(jnp.where(greedy, best, -1))
-
-        @pl.loop(0, x_ref.shape[1] // CHUNK)
-        def _(c):
-            x_ref[:, _chunk(c)] = jnp.where((only < 0) | (_ids(c) == only), x_ref[:, _chunk(c)], -jnp.inf)
+    @pl.loop(0, x_ref.shape[1] // CHUNK)
+    def _(c):
+        x = (x_ref[:, _chunk(c)] - largest) * factor
+        x_ref[:, _chunk(c)] = jnp.where((only < 0) | (_ids(c) == only), x, -jnp.inf)
 
     cuts = ~greedy & ((row.top_k > 0) | (row.top_p < 1.0))
     threshold = jax.lax.cond(
         _any(cuts),
-        lambda: _rank_and_mass_threshold(x_ref, peak, cuts, row),
+        lambda: _rank_and_mass_threshold(x_ref, cuts, row),
         lambda: jnp.full_like(peak, SMALLEST),
     )
     # Above -inf, so that neither forbidden tokens nor what lies behind the vocabulary are kept.
-    threshold = jnp.maximum(jnp.maximum(threshold, peak + row.min_p_depth), SMALLEST)
-    smallest, largest, factor = _wide(threshold), _wide(peak), _wide(row.inverse_temperature)
+    threshold = jnp.maximum(jnp.maximum(threshold, row.log_min_p), SMALLEST)
+    smallest = _wide(threshold)
 
     def add(c, total):
         x = x_ref[:, _chunk(c)]
-        return _plus(total, jnp.where(x >= smallest, jnp.exp((x - largest) * factor), 0.0))
+        return _plus(total, jnp.where(x >= smallest, jnp.exp(x), 0.0))
 
     log_total = jnp.log(_total(_sweep(x_ref, add, _zero())))
     block = jax.lax.div(jnp.maximum(row.draft.astype(jnp.int32), 0), LANES)
     at_draft = _at_draft(_part(x_ref, block, LANES), row)
-    drafted = jnp.exp((at_draft - peak) * row.inverse_temperature - log_total)
-    return best, peak, threshold, log_total, jnp.where(at_draft >= threshold, drafted, 0.0)
+    target_prob = jnp.where(at_draft >= threshold, jnp.exp(at_draft - log_total), 0.0)
+    return best, threshold, log_total, target_prob
 
 
 def _at_draft(block: jax.Array, row: _Row) -> jax.Array:
@@ -312,16 +305,16 @@ def _at_draft(block: jax.Array, row: _Row) -> jax.Array:
     return jnp.max(jnp.where(_iota(block.shape, 1) == lane, block, -jnp.inf), axis=1, keepdims=True)
 
 
-def _rank_and_mass_threshold(x_ref, peak: jax.Array, cuts: jax.Array, row: _Row) -> jax.Array:
+def _rank_and_mass_threshold(x_ref, cuts: jax.Array, row: _Row) -> jax.Array:
     """float32[TILE, 1]: a threshold that keeps the k best tokens, and of these the fewest that hold p of their mass."""
-    largest, factor = _wide(peak), _wide(row.inverse_temperature)
 
     def look(c, lowest):
         x = x_ref[:, _chunk(c)]
         return jnp.minimum(lowest, jnp.where(x > -jnp.inf, x, jnp.inf))
 
     lowest = jnp.min(_sweep(x_ref, look, _wide(jnp.inf)), axis=1, keepdims=True)
-    lowest = jnp.maximum(lowest, peak - row.depth)
+    lowest = jnp.maximum(lowest, -DEPTH)
+    peak = jnp.zeros_like(lowest)
 
     def count(threshold):
         threshold = _wide(threshold)
@@ -338,7 +331,7 @@ def _rank_and_mass_threshold(x_ref, peak: jax.Array, cuts: jax.Array, row: _Row)
             mass, num = carry
             x = x_ref[:, _chunk(c)]
             above = x >= threshold
-            return _plus(mass, jnp.where(above, jnp.exp((x - largest) * factor), 0.0)), _plus(num, above)
+            return _plus(mass, jnp.where(above, jnp.exp(x), 0.0)), _plus(num, above)
 
         mass, num = _sweep(x_ref, add, (_zero(), _zero()))
         return _total(mass), _total(num)
@@ -363,8 +356,6 @@ class _Rest(NamedTuple):
         x_ref: float32[TILE, padded V] in VMEM, as _truncate leaves it.
         q_ref: float32[TILE, padded V] in VMEM, drafts' laws in rows that matter; None where each is all on its draft.
         draft: the other fields are float32[TILE, 1].
-        peak: as _truncate returns it.
-        inverse_temperature: of the rows.
         threshold: as _truncate returns it.
         log_total: as _truncate returns it.
         scale: what the target's law is multiplied by.
@@ -374,8 +365,6 @@ class _Rest(NamedTuple):
     x_ref: Any
     q_ref: Any
     draft: jax.Array
-    peak: jax.Array
-    inverse_temperature: jax.Array
     threshold: jax.Array
     log_total: jax.Array
     scale: jax.Array
@@ -384,8 +373,7 @@ class _Rest(NamedTuple):
     def weights(self, x: jax.Array, q: jax.Array | None, ids: jax.Array) -> jax.Array:
         """float32[TILE, CHUNK], given a chunk of the logits and of the drafts' laws, and its ids."""
         q = (ids == self.draft.astype(jnp.int32)).astype(jnp.float32) if q is None else q
-        target = jnp.exp((x - self.peak) * self.inverse_temperature - self.log_total)
-        rest = self.scale * target - jnp.where(self.minus > 0, q, 0.0)
+        rest = self.scale * jnp.exp(x - self.log_total) - jnp.where(self.minus > 0, q, 0.0)
         return jnp.where(x >= self.threshold, jnp.maximum(rest, 0.0), 0.0)
 
 
