@@ -1,9 +1,9 @@
 """Acceptance rules side by side at temperature 1: SmolLM2-135M-Instruct drafts for itself with 28 of its 30 layers.
 
 Command:   specjax evaluate --config=configs/eval_acceptance_smollm2.py --workdir=DIR
-Minutes:   TODO on two cores.
-Expected:  tokens a round: block >= residual > typical-acceptance with greedy drafts. No speed-up: such a drafter costs
-           nearly as much as the target. It is here because its drafts are sampled, from a law near the target's.
+Minutes:   10 to 15 on two cores.
+Expected:  tokens a round: block 1.72, residual 1.67, typical-acceptance 1.38. No speed-up: such a drafter costs nearly
+           as much as the target. It is here because its drafts are sampled, from a law near the target's.
 """
 
 from ml_collections import ConfigDict

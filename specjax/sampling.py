@@ -113,8 +113,9 @@ class SamplingState(flax.struct.PyTreeNode):
 
     @property
     def truncation(self) -> Truncation:
-        """What the kernels take; temperature 0 stands for greedy there."""
-        return Truncation(jnp.where(self.greedy, 0.0, self.temperature), self.top_k, self.top_p, self.min_p)
+        """What the kernels take; temperature 0 stands for greedy there. A negative one stays, for them to refuse."""
+        temperature = jnp.where(self.greedy, jnp.minimum(self.temperature, 0.0), self.temperature)
+        return Truncation(temperature, self.top_k, self.top_p, self.min_p)
 
     @property
     def in_thinking_phase(self) -> jax.Array:

@@ -123,8 +123,11 @@ def logit_comparison(logits: jax.Array, proposal: Proposal, sampling: SamplingSt
     next_token is drawn from the target.
     """
     check_inputs(logits, proposal.tokens, None, sampling.truncation, *uniforms)
-    if proposal.logits is None:
-        raise ValueError("proposal.logits: is None; expected float32[B, G], the drafter's logits of its drafts.")
+    if proposal.logits is None or proposal.logits.shape != proposal.tokens.shape:
+        shape = getattr(proposal.logits, "shape", None)
+        raise ValueError(
+            f"proposal.logits: has shape {shape}; expected {proposal.tokens.shape}, the drafter's logits of its drafts."
+        )
     target = jnp.take_along_axis(logits[:, :-1], jnp.maximum(proposal.tokens, 0)[..., None], axis=-1)[..., 0]
     drafted = proposal.tokens != NO_DRAFT
     num_accepted = _leading(drafted & (proposal.logits <= target + LOGIT_TOLERANCE))
@@ -314,7 +317,7 @@ class RuleInfo(NamedTuple):
 
 
 RULES: dict[str, RuleInfo] = {
-    "greedy": RuleInfo(lambda config: greedy, True, greedy_only=True),
+    "greedy": RuleInfo(lambda config: greedy, True, "temperature 0", greedy_only=True),
     "residual": RuleInfo(lambda config: residual, True, "the laws of sampled drafts"),
     "typical-acceptance": RuleInfo(lambda config: token_matching, True),
     "strict": RuleInfo(lambda config: token_matching, True),

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from pathlib import Path
 from typing import get_args
 
 import jax
@@ -829,3 +830,19 @@ def test_under_the_strict_rule_a_seed_gives_the_text_of_plain_decoding(system, t
     assert result.token_ids == expected.token_ids
     assert result.lossless and expected.lossless
     assert result.metrics.drafted > 0
+
+
+def test_the_readme_lists_every_rule_with_its_label_and_needs():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    rows = [line.split("|")[1:4] + [line] for line in readme.splitlines() if line.startswith("| `")]
+    for name, info in verify.RULES.items():
+        label, line = next((row[1].strip(), row[3]) for row in rows if f"`{name}`" in row[0])
+        assert label == ("at temperature 0" if info.greedy_only else "yes" if info.lossless else "no")
+        assert info.needs == "nothing" or info.needs in line
+
+
+def test_a_rule_refuses_a_negative_temperature_outside_jit():
+    with pytest.raises(ValueError, match=r"temperature\[0\]=-1.0: expected a finite number >= 0"):
+        verify.residual(
+            logits_for([[1, 2]]), Proposal(jnp.array([[1]])), state_of([RowParams(-1.0)]), uniforms([[0.5]], [0.5])
+        )
