@@ -118,7 +118,8 @@ def check_inputs(
         _expect("recover_uniforms", recover_uniforms, (B, T, 3), "[B, G + 1, 3]")
     for name, field in rows._asdict().items():
         _expect(name, field, (B,), "[B]")
-    if jax.config.jax_disable_jit or any(isinstance(x, jax.core.Tracer) for x in (logits, drafts, draft_probs, *rows)):
+    eager = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+    if eager or any(isinstance(x, jax.core.Tracer) for x in (logits, drafts, draft_probs, *rows)):
         return
     _check_values(np.asarray(logits, np.float32), np.asarray(drafts), draft_probs, rows, sharded=axis is not None)
 
