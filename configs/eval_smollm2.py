@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
                 "num_speculative_tokens": 6,
                 "prompt_lookup_min": 3,
                 "prompt_lookup_max": 5,
+                "rejection_sampling_strategy": "residual",
             },
         }
     )

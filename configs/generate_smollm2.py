@@ -19,7 +19,13 @@ def get_config() -> ConfigDict:
     config.chat = True
     # Fields of SpeculativeConfig; --config.speculative.method="" decodes plainly.
     config.speculative = ConfigDict(
-        {"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_min": 3, "prompt_lookup_max": 5}
+        {
+            "method": "ngram",
+            "num_speculative_tokens": 6,
+            "prompt_lookup_min": 3,
+            "prompt_lookup_max": 5,
+            "rejection_sampling_strategy": "residual",
+        }
     )
     # Fields of SamplingParams; temperature 0 is greedy, top_k 0, top_p 1 and min_p 0 are off.
     config.sampling = ConfigDict(
@@ -28,6 +34,9 @@ def get_config() -> ConfigDict:
             "top_k": 0,
             "top_p": 1.0,
             "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "max_tokens": 256,
             "seed": 0,
             "stop": config_dict.placeholder(tuple),

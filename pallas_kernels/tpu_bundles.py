@@ -17,6 +17,7 @@ import collections
 import dataclasses
 import itertools
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 PASS = "packed-bundles-post-ra"
@@ -56,8 +57,21 @@ class Cost:
         return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
 
     def __mul__(self, times: int) -> "Cost":
-        numbers = (self.bundles, self.cycles, self.bytes, self.maybe_bytes, self.iterations)
-        return Cost(*(x * times for x in numbers), uncounted=self.uncounted if times else ())
+        names = ("bundles", "cycles", "bytes", "maybe_bytes", "iterations")
+        numbers: dict[str, Any] = {name: getattr(self, name) * times for name in names}
+        return Cost(**numbers, uncounted=self.uncounted if times else ())
+
+
+def first_group(pattern: str, text: str) -> str:
+    """What the first group of a pattern matches.
+
+    Raises:
+        ValueError: the text is not what this libtpu's dumps are known to hold.
+    """
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"{text[:200]!r}: expected {pattern!r}; libtpu may write its dumps in another form now.")
+    return match[1]
 
 
 def _signed(x: Any) -> Any:
@@ -72,7 +86,7 @@ def _not(x: bool | None) -> bool | None:
     return None if x is None else not x
 
 
-LOGIC = {
+LOGIC: dict[str, Callable[..., Any]] = {
     "sdivrem.u32": lambda x, y: None if x is None or y is None else list(divmod(x, y)),
     "spop.drf": lambda results: results.pop(0) if results else None,
     "sld": lambda x: x,
@@ -85,7 +99,7 @@ LOGIC = {
     "scalar_select": lambda p, x, y: None if p is None else x if p else y,
 }
 UNSIGNED = 2**32 - 1
-ARITHMETIC = {
+ARITHMETIC: dict[str, Callable[..., Any]] = {
     "smov": lambda x: x,
     "sadd": lambda x, y: x + y,
     "ssub": lambda x, y: x - y,
@@ -163,7 +177,7 @@ class Kernel:
             return None
         op, dest, args, target = match["op"], match["dest"], match["args"].split(","), None
         if op == "sbr.rel":
-            args, target = [], int(re.search(r"bundleno = (\d+)", match["args"])[1])
+            args, target = [], int(first_group(r"bundleno = (\d+)", match["args"]))
         elif op.startswith("dma."):
             dest, args = None, args[1:2]
         elif op in ("sld", "sst"):
@@ -210,7 +224,8 @@ class Kernel:
 
     def run(self, iterations: int, skipped: frozenset[int] = frozenset()) -> tuple[Cost, set[int]]:
         """Passes through the bundles, branches in skipped taken. Returns also those whose condition was unknown."""
-        cost, unknown, rounds, state = Cost(), set(), {}, {}
+        cost, unknown = Cost(), set[int]()
+        rounds, state = dict[int, int](), dict[str | None, Any]()
         position, landing = 0, None  # landing: (the last delay slot of a branch that was taken, where it leads)
         for _ in range(MAX_STOPS):
             index = bisect.bisect_left(self.addresses, position)
@@ -224,7 +239,7 @@ class Kernel:
                 return cost, unknown
             written = {}
             for x in self.code[address]:
-                holds = True
+                holds: bool | None = True
                 if x.guard:
                     value, wanted = state.get(x.guard[0]), x.guard[1]
                     holds = value if wanted else _not(value)
@@ -249,7 +264,7 @@ class Kernel:
             position = address + 1
         raise RuntimeError(f"No end after {MAX_STOPS} instructions: an instruction is misread.")
 
-    def _copy(self, x: _Instruction, holds: bool | None, state: dict[str, Any], cost: Cost) -> None:
+    def _copy(self, x: _Instruction, holds: bool | None, state: dict[str | None, Any], cost: Cost) -> None:
         """Adds a copy to the cost."""
         size = self._value(state, x.args[0])
         ends = x.op.count("hbm")
@@ -263,12 +278,12 @@ class Kernel:
             cost.maybe_bytes += size * GRANULE * ends
 
     @staticmethod
-    def _value(state: dict[str, Any], operand: Any) -> Any:
+    def _value(state: dict[str | None, Any], operand: Any) -> Any:
         if not isinstance(operand, str):
             return operand
         return _not(state.get(operand[1:])) if operand[0] == "!" else state.get(operand)
 
-    def _compute(self, state: dict[str, Any], x: _Instruction) -> Any:
+    def _compute(self, state: dict[str | None, Any], x: _Instruction) -> Any:
         args = [self._value(state, operand) for operand in x.args]
         if x.op in LOGIC:
             return LOGIC[x.op](*args)

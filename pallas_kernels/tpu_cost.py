@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from pallas_kernels.tpu_bundles import PASS, Cost, Kernel
+from pallas_kernels.tpu_bundles import PASS, Cost, Kernel, first_group
 
 
 class Chip(NamedTuple):
@@ -96,7 +96,7 @@ class Program:
     def _operation(self, x: _Operation, chip: Chip, *how: int, nested: bool) -> tuple[Cost, bool]:
         bisections, bound = how
         if x.op == "while":
-            condition, body = (re.search(rf"{key}=%([\w.-]+)", x.rest)[1] for key in ("condition", "body"))
+            condition, body = (first_group(rf"{key}=%([\w.-]+)", x.rest) for key in ("condition", "body"))
             constants = [y.rest for y in self.computations[condition] if y.op == "constant"]
             limits = [int(n) for text in constants for n in re.findall(r"^(\d+)\)", text)]
             known = re.search(r'"known_trip_count":\{"n":"(\d+)"', x.rest)
@@ -106,13 +106,13 @@ class Program:
             check = self._computation(condition, chip, *how, nested=nested)[0]
             return once * times + check * (times + 1), limit == bound
         if x.op == "conditional":
-            names = re.search(r"branch_computations=\{(.*?)\}", x.rest)[1].replace("%", "").split(", ")
+            names = first_group(r"branch_computations=\{(.*?)\}", x.rest).replace("%", "").split(", ")
             branches = [self._computation(branch, chip, *how, nested=True) for branch in names]
             loops = any(looping for _, looping in branches)
             pick = min if nested and loops and not bisections else max
             return pick((cost for cost, _ in branches), key=lambda cost: cost.cycles), loops
         if x.op == "call":
-            return self._computation(re.search(r"to_apply=%([\w.-]+)", x.rest)[1], chip, *how, nested=nested)
+            return self._computation(first_group(r"to_apply=%([\w.-]+)", x.rest), chip, *how, nested=nested)
         if x.op in FREE or "ConcatBitcast" in x.rest:
             return Cost(), False
         if x.op.endswith("-start"):

@@ -121,8 +121,8 @@ def _compiled(case: str) -> Program:
 def _compile(case: dict[str, Any], folder: str) -> None:
     """Compiles a case for a chip of the topology; libtpu dumps into the folder, to which the HLO is added."""
     B, G, V = case["batch"], case["drafts"], case["vocab"]
-    floats = functools.partial(jax.ShapeDtypeStruct, dtype="float32")
-    ints = functools.partial(jax.ShapeDtypeStruct, dtype="int32")
+    floats: Any = functools.partial(jax.ShapeDtypeStruct, dtype="float32")
+    ints: Any = functools.partial(jax.ShapeDtypeStruct, dtype="int32")
     rows = Truncation(floats((B,)), ints((B,)), floats((B,)), floats((B,)))
     logits = jax.ShapeDtypeStruct((B, G + 1, V), jnp.dtype(case["dtype"]))
     draft_probs = floats((B, G, V)) if case["sampled"] else None
@@ -132,7 +132,7 @@ def _compile(case: dict[str, Any], folder: str) -> None:
     chips = topologies.get_topology_desc(platform="tpu", topology_name=case["topology"]).devices
     place = jax.sharding.SingleDeviceSharding(chips[0])
     lowered = jax.jit(run, in_shardings=place, out_shardings=place).lower(*arguments)
-    (Path(folder) / "program.txt").write_text(lowered.compile().as_text())
+    (Path(folder) / "program.txt").write_text(lowered.compile().as_text() or "")
 
 
 def main() -> None:
