@@ -45,7 +45,8 @@ def benchmark(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any
     target = load_target(config.target, dtype=config.dtype or None)
     prompts = [prompt.text for prompt in load_prompts(config.prompts, config.num_prompts)]
     systems = _decoding_systems(config, target)
-    steps = _step_systems(config, target) | _acceptance_systems(config, target, " ".join(prompts))
+    text = " ".join(prompt.text for prompt in load_prompts(config.prompts, 0))
+    steps = _step_systems(config, target) | _acceptance_systems(config, target, text)
     seconds: dict[str, dict[Any, float]] = {name: {} for name in [*systems, *steps]}
     tokens: dict[str, dict[Any, int]] = {name: {} for name in systems}
     total, done = config.repeats * (len(prompts) * len(systems) + config.step_repeats * len(steps)), 0
