@@ -33,6 +33,7 @@ STREAM_ROUNDS = 4
 """Rounds between two looks at the device while streaming or looking for stop strings."""
 
 FINISH_REASONS = {STOP: "stop", LENGTH: "length", ERROR: "error"}
+PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 STOP_TOKENS_MULTIPLE = 8
 """The stop token table is padded to a multiple of this, so that its size does not cause a compilation."""
 
@@ -202,9 +203,10 @@ def _adjustment(rows: dict[str, jax.Array]) -> Adjustment | None:
     prompt = jnp.arange(capacity) < rows["length"][:, None]
     tokens = jnp.where(prompt, rows["tokens"], rows["tokens"][:, :1])
     in_prompt = jnp.zeros(rows["bias"].shape, bool).at[jnp.arange(batch)[:, None], tokens].set(True)
-    names = ("bias", "repetition_penalty", "frequency_penalty", "presence_penalty")
     return Adjustment(
-        **{name: rows[name] for name in names}, in_prompt=in_prompt, counts=jnp.zeros(in_prompt.shape, jnp.int32)
+        **{name: rows[name] for name in ("bias", *PENALTIES)},
+        in_prompt=in_prompt,
+        counts=jnp.zeros(in_prompt.shape, jnp.int32),
     )
 
 
@@ -522,11 +524,10 @@ class _Batch:
             rows["think_tokens"] = np.array(self.owner.think_tokens, np.int32)
         if any(request.params.adjusts_logits for request in self.requests):
             rows["bias"] = np.zeros((self.batch, self.owner.target.config.vocab_size), np.float32)
-            rows["repetition_penalty"] = np.ones(self.batch, np.float32)
-            rows["frequency_penalty"] = np.zeros(self.batch, np.float32)
-            rows["presence_penalty"] = np.zeros(self.batch, np.float32)
+            for name in PENALTIES:
+                rows[name] = np.full(self.batch, SamplingParams.model_fields[name].default, np.float32)
             for row, request in enumerate(self.requests):
-                for name in ("repetition_penalty", "frequency_penalty", "presence_penalty"):
+                for name in PENALTIES:
                     rows[name][row] = getattr(request.params, name)
                 for token, bias in request.params.logit_bias:
                     rows["bias"][row, token] = bias

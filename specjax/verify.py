@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.rejection_sampling import Verdict, check_inputs, rejection_sample
+from pallas_kernels.rejection_sampling.base import leading
 from specjax.config import SpeculativeConfig
 from specjax.drafters.base import NO_DRAFT, Proposal
 from specjax.sampling import (
@@ -77,7 +78,7 @@ def greedy(logits: jax.Array, proposal: Proposal, sampling: SamplingState, unifo
     del uniforms
     check_inputs(logits, proposal.tokens, None, sampling.truncation)
     best = local_argmax(logits)
-    num_accepted = _leading(best[:, :-1] == proposal.tokens)
+    num_accepted = leading(best[:, :-1] == proposal.tokens)
     return Verdict(num_accepted, _at(best, num_accepted))
 
 
@@ -130,7 +131,7 @@ def logit_comparison(logits: jax.Array, proposal: Proposal, sampling: SamplingSt
         )
     target = jnp.take_along_axis(logits[:, :-1], jnp.maximum(proposal.tokens, 0)[..., None], axis=-1)[..., 0]
     drafted = proposal.tokens != NO_DRAFT
-    num_accepted = _leading(drafted & (proposal.logits <= target + LOGIT_TOLERANCE))
+    num_accepted = leading(drafted & (proposal.logits <= target + LOGIT_TOLERANCE))
     return Verdict(num_accepted, _draw_at(logits, num_accepted, sampling, uniforms))
 
 
@@ -154,7 +155,7 @@ def medusa_typical(
     limit = jnp.where(law.greedy, 0.0, limit)
     drafts = jnp.pad(proposal.tokens, ((0, 0), (0, 1)), constant_values=NO_DRAFT)
     plausible = (drafts != NO_DRAFT) & (probability_of(law, jnp.maximum(drafts, 0)) > limit)
-    num_accepted = _leading(plausible[:, :-1])
+    num_accepted = leading(plausible[:, :-1])
     probs = probabilities(jax.tree.map(lambda field: _at(field, num_accepted), law))
     limit = jnp.minimum(_at(limit, num_accepted)[:, None], 0.999 * probs.max(axis=-1, keepdims=True))
     kept = jnp.where(probs > limit, probs, 0.0)
@@ -193,7 +194,7 @@ def relaxed(
         assert probability_delta is not None
         near = jnp.exp(log_prob) >= jnp.exp(log_best) - probability_delta
     candidate = near & (probability_of(law, token) > 0)
-    num_accepted = _leading(candidate[:, :-1] & (proposal.tokens != NO_DRAFT))
+    num_accepted = leading(candidate[:, :-1] & (proposal.tokens != NO_DRAFT))
     ended = num_accepted == proposal.num_drafts
     next_token = jnp.where(ended, _draw_at(logits, num_accepted, sampling, uniforms), _at(best, num_accepted))
     relaxes = sampling.in_thinking_phase & ~sampling.greedy
@@ -216,7 +217,7 @@ def synthetic(
         best_follows: next_token is the target's best (MAX); False draws it as `residual` would (vLLM).
     """
     check_inputs(logits, *proposal.drawn, sampling.truncation, *uniforms)
-    num_accepted = _leading((uniforms.accept < jnp.array(conditional_rates)) & (proposal.tokens != NO_DRAFT))
+    num_accepted = leading((uniforms.accept < jnp.array(conditional_rates)) & (proposal.tokens != NO_DRAFT))
     if best_follows:
         return Verdict(num_accepted, _at(local_argmax(logits), num_accepted))
     # `residual` at that position alone, with a coin that no draft passes.
@@ -335,11 +336,6 @@ def build_rule(config: SpeculativeConfig | None) -> tuple[str, Rule]:
         return "residual", residual
     name = config.rejection_sampling_strategy
     return name, RULES[name].build(config)
-
-
-def _leading(accepted: jax.Array) -> jax.Array:
-    """int32[B]: how many of bool[B, G] hold before the first that does not."""
-    return jnp.cumprod(accepted.astype(jnp.int32), axis=1).sum(axis=1)
 
 
 def _at(x: jax.Array, position: jax.Array) -> jax.Array:

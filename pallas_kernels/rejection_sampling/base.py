@@ -61,3 +61,8 @@ class Verdict(NamedTuple):
 def inverse(temperature: jax.Array) -> jax.Array:
     """1 / temperature; 1 for greedy rows. Stays where float32 numbers do."""
     return 1 / jnp.where(temperature <= 0, 1.0, jnp.clip(temperature, 1e-30, 1e30))
+
+
+def leading(accepted: jax.Array) -> jax.Array:
+    """int32[B]: how many of bool[B, G] hold before the first that does not."""
+    return jnp.cumprod(accepted.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)

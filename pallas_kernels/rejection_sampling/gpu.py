@@ -25,6 +25,7 @@ from pallas_kernels.rejection_sampling.base import (
     Truncation,
     Verdict,
     inverse,
+    leading,
 )
 
 PIECE = 4 * CHUNK
@@ -80,12 +81,12 @@ def rejection_sample(
     # A token that its own distribution rules out comes from a broken drafter (NaN), which may only cost speed.
     possible = (drafts[:, :-1] != NO_DRAFT) & (draft_prob > 0)
     if rule == "residual":
-        num_accepted = _leading(possible & (accept_uniforms * draft_prob < target_prob))
+        num_accepted = leading(possible & (accept_uniforms * draft_prob < target_prob))
         tokens, _ = draw(num_accepted[:, None], drafts, draft_probs, jnp.ones((B, T)))
         return Verdict(num_accepted, tokens[:, 0])
     if rule == "matching":
         tokens, _ = draw(everywhere, jnp.full_like(drafts, NO_DRAFT), None, jnp.ones((B, T)))
-        num_accepted = _leading((tokens == drafts)[:, :-1])
+        num_accepted = leading((tokens == drafts)[:, :-1])
     else:
         ratio = jnp.where(possible, target_prob / jnp.where(possible, draft_prob, 1.0), 0.0)
         scales = [jnp.ones(B)]
@@ -250,8 +251,3 @@ def _load(ref, row: jax.Array, start: jax.Array, size: int, other: float, wanted
     """float32[size]: a part of ref[row]; other behind its end, and everywhere if it is not wanted."""
     inside = (start + jnp.arange(size) < ref.shape[-1]) & wanted
     return plgpu.load(ref.at[row, pl.ds(start, size)], mask=inside, other=other).astype(jnp.float32)
-
-
-def _leading(passes: jax.Array) -> jax.Array:
-    """int32[B]: how many of bool[B, G] hold before the first that does not."""
-    return jnp.cumprod(passes.astype(jnp.int32), axis=1).sum(axis=1, dtype=jnp.int32)

@@ -20,6 +20,7 @@ from pallas_kernels.rejection_sampling.base import (
     Truncation,
     Verdict,
     inverse,
+    leading,
 )
 
 
@@ -167,7 +168,6 @@ def rejection_sample(
         here = _Position(
             law=truncate(_at(logits, t), rows, axis),
             draft=draft,
-            drafted=draft != NO_DRAFT,
             draft_probs=_draft_probs(draft_probs, draft, t, V, axis),
             recover=_at(recover_uniforms, t),
             axis=axis,
@@ -182,7 +182,7 @@ def rejection_sample(
 
     def greedy() -> Verdict:
         best = local_argmax(logits.astype(jnp.float32), axis)
-        num_accepted = jnp.cumprod((best[:, :-1] == drafts).astype(jnp.int32), axis=1).sum(axis=1)
+        num_accepted = leading(best[:, :-1] == drafts)
         return Verdict(num_accepted, jnp.take_along_axis(best, num_accepted[:, None], axis=1)[:, 0])
 
     return jax.lax.cond(jnp.all(rows.temperature <= 0), greedy, sampled)
@@ -193,7 +193,6 @@ class _Position(NamedTuple):
 
     law: Law
     draft: jax.Array
-    drafted: jax.Array
     draft_probs: jax.Array
     recover: jax.Array
     axis: str | None
@@ -201,12 +200,10 @@ class _Position(NamedTuple):
 
 def _residual(state: _Round, here: _Position, coins: jax.Array) -> _Round:
     """Leviathan et al. 2211.17192, algorithm 1: accept if u * draft_prob < target_prob, else draw from the rest."""
-    target_prob, draft_prob = _drafted_probs(here)
-    # A token that its own distribution rules out comes from a broken drafter (NaN), which may only cost speed.
-    possible = here.drafted & (draft_prob > 0)
+    target_prob, draft_prob, possible = _drafted(here)
     accepted = possible & (_at(coins, state.position) * draft_prob < target_prob)
     ends = state.alive & ~accepted
-    token = jax.lax.cond(ends.any(), lambda: _draw_rest(here, jnp.ones_like(target_prob)), lambda: state.token)
+    token = jax.lax.cond(ends.any(), lambda: _draw(here, _rest(here, state.scale)), lambda: state.token)
     return state._replace(
         position=state.position + 1,
         alive=state.alive & accepted,
@@ -235,14 +232,13 @@ def _block(state: _Round, here: _Position, coins: jax.Array) -> _Round:
     The tests are of prefixes: that of the first t drafts needs the target's law behind them, so it is made here.
     """
     t, scale = state.position, state.scale
-    rest = jnp.maximum(scale[:, None] * probabilities(here.law, here.axis) - here.draft_probs, 0.0)
-    rest = _all_sum(rest.sum(axis=-1), here.axis)
+    weights = _rest(here, scale)
+    rest = _all_sum(weights.sum(axis=-1), here.axis)
     others = rest + 1.0 - scale
     limit = jnp.where(others > 0, rest / jnp.where(others > 0, others, 1.0), 1.0)
     longest = state.alive & ((t == 0) | (_at(coins, jnp.maximum(t - 1, 0)) < limit))
-    token = jax.lax.cond(longest.any(), lambda: _draw_rest(here, scale), lambda: state.token)
-    target_prob, draft_prob = _drafted_probs(here)
-    possible = here.drafted & (draft_prob > 0)
+    token = jax.lax.cond(longest.any(), lambda: _draw(here, weights), lambda: state.token)
+    target_prob, draft_prob, possible = _drafted(here)
     scale = jnp.minimum(jnp.where(possible, scale * target_prob / jnp.where(possible, draft_prob, 1.0), 0.0), 1.0)
     return _Round(
         position=t + 1,
@@ -253,19 +249,25 @@ def _block(state: _Round, here: _Position, coins: jax.Array) -> _Round:
     )
 
 
-def _drafted_probs(here: _Position) -> tuple[jax.Array, jax.Array]:
-    """float32[B] each: what the target and the drafter give to the draft."""
+def _drafted(here: _Position) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the target and the drafter give to the draft, float32[B] each, and whether it can be accepted, bool[B]."""
     draft = jnp.maximum(here.draft, 0)
-    return probability_of(here.law, draft, here.axis), _entry(here.draft_probs, draft, here.axis)
+    draft_prob = _entry(here.draft_probs, draft, here.axis)
+    # A token that its own distribution rules out comes from a broken drafter (NaN), which may only cost speed.
+    possible = (here.draft != NO_DRAFT) & (draft_prob > 0)
+    return probability_of(here.law, draft, here.axis), draft_prob, possible
 
 
-def _draw_rest(here: _Position, scale: jax.Array) -> jax.Array:
-    """int32[B]: a token from max(scale * target_probs - draft_probs, 0)."""
-    target_probs = probabilities(here.law, here.axis)
-    weights = jnp.maximum(scale[:, None] * target_probs - here.draft_probs, 0.0)
+def _rest(here: _Position, scale: jax.Array) -> jax.Array:
+    """float32[B, V]: max(scale * target_probs - draft_probs, 0)."""
+    return jnp.maximum(scale[:, None] * probabilities(here.law, here.axis) - here.draft_probs, 0.0)
+
+
+def _draw(here: _Position, rest: jax.Array) -> jax.Array:
+    """int32[B]: a token in proportion to float32[B, V]."""
     # Rounding can reject where target and draft agree and leave no residual: the target's own law is the limit.
-    left = _all_sum(weights.sum(axis=-1, keepdims=True), here.axis) > 0
-    return draw(jnp.where(left, weights, target_probs), here.recover, here.axis)
+    left = _all_sum(rest.sum(axis=-1, keepdims=True), here.axis) > 0
+    return draw(jnp.where(left, rest, probabilities(here.law, here.axis)), here.recover, here.axis)
 
 
 def _draft_probs(probs: jax.Array | None, draft: jax.Array, t: jax.Array, V: int, axis: str | None) -> jax.Array:
