@@ -8,7 +8,12 @@ UNROLLED_ROWS = 16
 """Up to so many rows a write is unrolled; beyond, a loop keeps the program small."""
 
 BLOCK = 256
-"""Positions that attention reads at a time; capacities are multiples of it."""
+"""Most positions that attention reads at a time; capacities are multiples of it."""
+
+
+def block_size(rows: int) -> int:
+    """Positions that attention reads at a time for so many rows: a batch's block should stay in a core's cache."""
+    return BLOCK if rows < UNROLLED_ROWS else BLOCK // 4
 
 
 @flax.struct.dataclass

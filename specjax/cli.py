@@ -1,4 +1,4 @@
-"""The specjax command: generate and evaluate, each driven by a config file."""
+"""The specjax command: generate, evaluate, train and their kin, each driven by a config file."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +14,8 @@ commands:
   generate   stream the answer to one prompt        specjax generate --config=generate_smollm2 --prompt "Hello"
   evaluate   measure methods against plain decoding  specjax evaluate --config=eval_smollm2 --workdir=DIR
   benchmark  measure the project's speed claims      specjax benchmark --config=bench_smollm2 --workdir=DIR
+  respond    answer training prompts                specjax respond --config=respond_smollm2 --workdir=DIR
+  train      train a draft head                     specjax train --config=train_eagle3_smollm2 --workdir=DIR
 
 A config is a Python file with get_config(); those that come with SpecJAX can be named without path and ending.
 specjax COMMAND --help lists the options of a command.
@@ -21,6 +23,7 @@ specjax COMMAND --help lists the options of a command.
 
 INTERRUPTED = 130
 FAILED = 2
+RESUMABLE = ("evaluate", "respond", "train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"specjax: error: {error}; check the path, its permissions and the space left.", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        kept = "; the same command goes on where it stopped" if arguments[0] == "evaluate" else ""
+        kept = "; the same command goes on where it stopped" if arguments[0] in RESUMABLE else ""
         print(f"\nspecjax: interrupted{kept}.", file=sys.stderr)
         return INTERRUPTED
 
@@ -93,25 +96,73 @@ def run_benchmark(arguments: list[str]) -> int:
 
 
 def _measure(command: str, arguments: list[str]) -> int:
-    config, flags = parse(command, arguments, {"workdir": "The folder for results. Required."})
+    config, workdir = _config_and_workdir(command, arguments, "The folder for results. Required.")
     if config is None:
         return 0
-    if not flags["workdir"]:
-        raise ConfigError("--workdir: is missing; expected a folder for the results, such as --workdir=workdir/eval")
     from specjax.evaluate import benchmark, report, run
 
     if command == "benchmark":
         with report.progress() as advance:
-            results = benchmark.benchmark(config, flags["workdir"], advance)
-        print(f"{report.benchmark_table(results)}\nwritten to {flags['workdir']}")
+            results = benchmark.benchmark(config, workdir, advance)
+        print(f"{report.benchmark_table(results)}\nwritten to {workdir}")
         return 0
     with report.progress() as advance:
-        summary = run.evaluate(config, flags["workdir"], advance)
-    print(f"{report.summary_table(summary)}\nwritten to {flags['workdir']}")
+        summary = run.evaluate(config, workdir, advance)
+    print(f"{report.summary_table(summary)}\nwritten to {workdir}")
     wrong = {name: row["mismatch"] for name, row in summary["methods"].items() if row["mismatch"]}
     if wrong:
         raise SpecJAXError(f"texts differ from plain decoding by more than rounding (method: prompts): {wrong}.")
     return 0
+
+
+def run_respond(arguments: list[str]) -> int:
+    """Answers training prompts with the target, and writes responses.jsonl."""
+    config, workdir = _config_and_workdir("respond", arguments, "The folder for responses.jsonl. Required.")
+    if config is None:
+        return 0
+    from specjax.evaluate import report
+    from specjax.train.respond import FILE, respond
+
+    with report.progress() as advance:
+        counts = respond(config, workdir, advance)
+    print(
+        f"{counts['responses']} responses to {counts['prompts']} prompts, {counts['tokens']} tokens\n"
+        f"written to {Path(workdir) / FILE}"
+    )
+    return 0
+
+
+def run_train(arguments: list[str]) -> int:
+    """Trains a draft head, and writes head/, metrics.jsonl, tensorboard/ and summary.json."""
+    config, workdir = _config_and_workdir("train", arguments, "The folder for the head and its logs. Required.")
+    if config is None:
+        return 0
+    from specjax.evaluate import report
+    from specjax.train import trainer
+
+    with report.progress() as advance:
+        summary = trainer.train(trainer.TrainConfig.from_config(config), workdir, advance)
+    final = summary["validation"] or summary["final"]
+    print(
+        f"{summary['steps']} steps, {summary['tokens']} tokens in {summary['minutes']:.1f} minutes; "
+        f"loss {final['loss']:.3f}, expected acceptance length {final['expected_acceptance_length']:.2f}"
+        f"{' on held-out text' if summary['validation'] else ''}\nwritten to {workdir}"
+    )
+    return 0
+
+
+def _config_and_workdir(command: str, arguments: list[str], about: str) -> tuple[Any, str]:
+    """The config and --workdir; (None, "") after --help.
+
+    Raises:
+        ConfigError: --workdir is missing.
+    """
+    config, flags = parse(command, arguments, {"workdir": about})
+    if config is None:
+        return None, ""
+    if not flags["workdir"]:
+        raise ConfigError(f"--workdir: is missing; expected a folder for the results, such as workdir/{command}")
+    return config, flags["workdir"]
 
 
 def parse(command: str, arguments: list[str], options: dict[str, str]) -> tuple[Any, dict[str, str | None]]:
@@ -198,6 +249,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": run_generate,
     "evaluate": run_evaluate,
     "benchmark": run_benchmark,
+    "respond": run_respond,
+    "train": run_train,
 }
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import itertools
 import json
 import operator
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, get_args
@@ -21,7 +22,10 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from specjax.errors import ConfigError
 
-Method = Literal["ngram", "draft_model"]
+Method = Literal["ngram", "draft_model", "eagle", "eagle3", "mtp", "hybrid"]
+
+HEAD_METHODS = ("eagle", "eagle3", "mtp")
+"""Methods whose drafter reads the target's hidden states."""
 RejectionSamplingStrategy = Literal[
     "greedy",
     "residual",
@@ -44,8 +48,15 @@ DEFAULT_SECTION = "speculative_config"
 DEFAULT_PROMPT_LOOKUP = 5
 """Tokens in an n-gram when neither `prompt_lookup_min` nor `prompt_lookup_max` is given."""
 
-DEFAULT_STRATEGY: dict[str, RejectionSamplingStrategy] = {"ngram": "residual", "draft_model": "residual"}
-"""The acceptance rule of a method where none is given."""
+DEFAULT_STRATEGY: dict[str, RejectionSamplingStrategy] = {
+    "ngram": "residual",
+    "draft_model": "residual",
+    "eagle": "typical-acceptance",
+    "eagle3": "typical-acceptance",
+    "mtp": "typical-acceptance",
+    "hybrid": "residual",
+}
+"""The acceptance rule of a method where none is given; as in MAX for those that it has."""
 
 TOKEN_MATCHING = ("typical-acceptance", "strict")
 """Rules that accept a draft if the target draws it: the drafter's most probable token is the best guess."""
@@ -74,14 +85,10 @@ VALUE_ALIASES = {
 FLAG_ALIASES = {"use_relaxed_acceptance_for_thinking": ("rejection_sampling_strategy", "relaxed")}
 """Flags of MAX, and the field and value that they stand for when true. A false one stands for nothing."""
 
-_EAGLE = "EAGLE draft heads"
 _PARALLEL = "parallel drafting (P-EAGLE, PARD, DFlash)"
 _SUFFIX = "suffix decoding"
 
 NOT_YET = {
-    "method=eagle": _EAGLE,
-    "method=eagle3": _EAGLE,
-    "method=mtp": "multi-token-prediction heads",
     "method=medusa": "Medusa heads",
     "method=mlp_speculator": "MLP speculators",
     "method=suffix": _SUFFIX,
@@ -146,6 +153,23 @@ def _setting(default: Any, description: str, *, expected: str, remedy: str, **co
 def _nearest(name: str, names: Sequence[str]) -> str:
     matches = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {matches[0]!r}? " if matches else ""
+
+
+def method_of(model: str) -> Method:
+    """The method of a draft checkpoint: by its config.json, or where it has none to look at by its name."""
+    for folder in (Path(model), Path(__file__).parent / "pretrained" / model):
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        kind = str(config.get("speculators_model_type", "")) if isinstance(config, dict) else ""
+        if kind in HEAD_METHODS:
+            return kind  # type: ignore[return-value]
+        model = " ".join([str(config.get("architectures")), model if "draft_vocab_size" in config else ""])
+        if "draft_vocab_size" in config and "eagle" not in model.lower():
+            return "eagle3"
+    name = model.lower()
+    return next((method for method in ("eagle3", "eagle", "mtp") if method in name), "draft_model")  # type: ignore
 
 
 class _Settings(pydantic.BaseModel):
@@ -246,15 +270,19 @@ class SpeculativeConfig(_Settings):
     method: Method = _setting(
         None,
         "The drafter: 'ngram' copies what followed an earlier occurrence of the last tokens, 'draft_model' runs a "
-        "smaller language model. Default: 'ngram' if model is 'ngram', else 'draft_model' if a model is given.",
-        expected="'ngram' or 'draft_model' (or their other names 'ngram_gpu' and 'standalone')",
+        "smaller language model, 'eagle', 'eagle3' and 'mtp' a head that reads the target's hidden states, 'hybrid' "
+        "copies where the text repeats itself and runs a head elsewhere. Default: 'ngram' if model is 'ngram', else "
+        "what the checkpoint in model says it is.",
+        expected="one of 'ngram', 'draft_model', 'eagle', 'eagle3', 'mtp', 'hybrid' ('ngram_gpu' and 'standalone' are "
+        "other names of the first two)",
         remedy="name one of them, or give a model; to decode without drafts pass config=None to SpeculativeDecoder",
     )
     model: NonEmptyText | None = _setting(
         None,
-        "The draft model: a directory, hub id or named asset whose vocabulary equals the target's. 'ngram' selects "
-        "the n-gram method and is then stored as None. Default: None.",
-        expected="the directory, hub id or asset name of a draft model",
+        "The draft model or head: a directory, hub id or named asset that fits the target. 'ngram' selects the n-gram "
+        "method and is then stored as None. Default: None; heads are then looked for in the target's checkpoint and "
+        "among those that come with SpecJAX.",
+        expected="the directory, hub id or asset name of a draft model or head",
         remedy="method='draft_model' needs one of the target's vocabulary, method='ngram' needs none",
     )
     revision: NonEmptyText | None = _setting(
@@ -293,14 +321,14 @@ class SpeculativeConfig(_Settings):
         None,
         "How the draft model picks its tokens: 'greedy' takes the most probable, 'probabilistic' samples with the "
         "row's sampling parameters. Default: 'probabilistic' for a draft model, 'greedy' for n-grams, which have no "
-        "probabilities, and for the rules 'relaxed', 'typical-acceptance' and 'strict'.",
+        "probabilities, and for the rules 'relaxed', 'typical-acceptance' and 'strict', by which heads are judged.",
         expected="'greedy' or 'probabilistic' ('ngram' and 'relaxed' have only 'greedy')",
         remedy="name one of them or leave the field out",
     )
     prompt_lookup_min: Integer | None = _setting(
         None,
         "The shortest n-gram that is looked up, in tokens. Default: prompt_lookup_max, or 5 where neither is given. "
-        "n-grams only.",
+        "n-grams and hybrid only.",
         expected="an integer >= 1 and <= prompt_lookup_max",
         remedy="give both in order, or leave one out to make them equal",
         ge=1,
@@ -308,7 +336,7 @@ class SpeculativeConfig(_Settings):
     prompt_lookup_max: Integer | None = _setting(
         None,
         "The longest n-gram that is looked up, in tokens; longer ones are tried first. Default: prompt_lookup_min, "
-        "or 5 where neither is given. n-grams only.",
+        "or 5 where neither is given. n-grams and hybrid only.",
         expected="an integer >= 1 and >= prompt_lookup_min",
         remedy="give both in order, or leave one out to make them equal",
         ge=1,
@@ -426,15 +454,19 @@ class SpeculativeConfig(_Settings):
     METHOD_FIELDS: ClassVar[dict[str, tuple[str, ...]]] = {
         "ngram": ("prompt_lookup_min", "prompt_lookup_max"),
         "draft_model": ("model", "revision", "assistant_early_exit", "max_model_len"),
+        "eagle": ("model", "revision", "max_model_len"),
+        "eagle3": ("model", "revision", "max_model_len"),
+        "mtp": ("model", "revision", "max_model_len"),
+        "hybrid": ("model", "revision", "max_model_len", "prompt_lookup_min", "prompt_lookup_max"),
     }
-    """Fields that mean something for one method alone."""
+    """The fields of each method; those that no method lists belong to all."""
 
     STRATEGY_FIELDS: ClassVar[dict[str, tuple[str, ...]]] = {
         "medusa-typical": ("posterior_threshold", "posterior_alpha"),
         "relaxed": ("relaxed_topk", "relaxed_probability_delta", "relaxed_log_delta"),
         "synthetic": ("synthetic_acceptance_rate", "synthetic_acceptance_rates", "synthetic_acceptance_length"),
     }
-    """Fields that mean something for one acceptance rule alone."""
+    """The fields of each acceptance rule; those that no rule lists belong to all."""
 
     @classmethod
     def _resolve(cls, values: dict[str, Any]) -> dict[str, Any]:
@@ -448,7 +480,7 @@ class SpeculativeConfig(_Settings):
         cls._refuse_foreign(values, "method", cls.METHOD_FIELDS)
         cls._refuse_foreign(values, "rejection_sampling_strategy", cls.STRATEGY_FIELDS)
         cls._resolve_draft_sampling(values)
-        if values["method"] == "ngram":
+        if values["method"] in ("ngram", "hybrid"):
             cls._resolve_ngram(values)
         strategy = values["rejection_sampling_strategy"]
         if strategy == "medusa-typical":
@@ -462,10 +494,10 @@ class SpeculativeConfig(_Settings):
 
     @classmethod
     def _refuse_foreign(cls, values: Mapping[str, Any], key: str, table: Mapping[str, tuple[str, ...]]) -> None:
-        """Refuses the fields that `table` gives to another value of the field `key` than the chosen one."""
+        """Refuses the fields that `table` gives only to other values of the field `key` than the chosen one."""
         for owner, names in table.items():
             for name in names:
-                if owner != values[key] and name in values:
+                if name in values and name not in table.get(values[key], ()):
                     remedy = f"it means nothing for {key}={values[key]!r}: leave it out or set {key}={owner!r}"
                     cls._refuse(name, values[name], remedy)
 
@@ -475,19 +507,19 @@ class SpeculativeConfig(_Settings):
         if "method" not in values:
             if "model" not in values and "assistant_early_exit" not in values:
                 cls._refuse("method", None)
-            values["method"] = "ngram" if names_ngram else "draft_model"
+            values["method"] = "ngram" if names_ngram else method_of(str(values.get("model", "")))
         method = values["method"]
         if not isinstance(method, str) or method not in cls.METHOD_FIELDS:
             cls._refuse_absent_method(method)
             text = str(method)
-            remedy = _nearest(text, ("ngram", "draft_model", "ngram_gpu", "standalone")) + "name one of them"
+            remedy = _nearest(text, (*cls.METHOD_FIELDS, *VALUE_ALIASES["method"])) + "name one of them"
             cls._refuse("method", method, remedy)
         if method == "draft_model" and "model" not in values and "assistant_early_exit" not in values:
             cls._refuse("model", None)
-        if "revision" in values and "model" not in values and method == "draft_model":
+        if "revision" in values and "model" not in values and method != "ngram":
             cls._refuse("revision", values["revision"], "no model is given that it could be of: leave it out")
         if names_ngram:
-            if method == "draft_model":
+            if method != "ngram":
                 cls._refuse("model", "ngram", "it selects method='ngram': write './ngram' for a directory of that name")
             del values["model"]
 
@@ -500,7 +532,7 @@ class SpeculativeConfig(_Settings):
         if strategy not in strategies:
             nearest = _nearest(str(strategy), (*strategies, *VALUE_ALIASES[name]))
             cls._refuse(name, strategy, nearest + "name one of them or leave the field out")
-        if strategy == "logit-comparison" and method == "ngram":
+        if strategy == "logit-comparison" and method in ("ngram", "hybrid"):
             cls._refuse(name, strategy, "n-grams have no logits to compare: use method='draft_model' or another rule")
 
     @classmethod
@@ -594,6 +626,9 @@ class SpeculativeConfig(_Settings):
             if value is None and (name in cls.model_fields or name in NOT_YET or name == "tensor_parallel_size"):
                 continue
             if isinstance(value, str):
+                if name == "method" and value.endswith("_mtp"):
+                    warnings.warn(f"{cls.__name__}.{key}={value!r}: is an old name of 'mtp'.", stacklevel=2)
+                    value = "mtp"
                 value = VALUE_ALIASES.get(name, {}).get(value, value)
             if name in renamed and renamed[name] != value:
                 raise ConfigError(
@@ -618,8 +653,7 @@ class SpeculativeConfig(_Settings):
 
     @classmethod
     def _refuse_absent_method(cls, method: Any) -> None:
-        old_mtp = str(method).endswith("_mtp")  # deepseek_mtp and others, of earlier vLLM
-        feature = NOT_YET.get(f"method={'mtp' if old_mtp else method}")
+        feature = NOT_YET.get(f"method={method}")
         if feature is not None:
             remedy = f"{method!r} needs a feature ({feature}) that is not in this version of SpecJAX yet"
             cls._refuse("method", method, f"{remedy}: choose one that is (speculative_method names this field too)")

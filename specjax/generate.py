@@ -105,6 +105,20 @@ def decode(system: System, params: Params, state: DecodeState, num_rounds: jax.A
     return jax.lax.while_loop(unfinished, one_round, (0, state))[1]
 
 
+def place(state: DecodeState, fresh: DecodeState, rows: jax.Array) -> DecodeState:
+    """Puts the rows of another state, of the same capacity, in the place of some rows; those beyond the batch nowhere.
+
+    Args:
+        rows: int32[B'], where each row of fresh goes.
+    """
+
+
+    def put(all_rows: jax.Array, new: jax.Array) -> jax.Array:
+        return all_rows.at[rows].set(new, mode="drop") if all_rows.ndim else all_rows
+
+    return jax.tree.map(put, state, fresh)
+
+
 class Programs:
     """The compiled programs of one system: one for each shape, compiled when first needed, and never again.
 
@@ -161,6 +175,11 @@ class Programs:
         """See decode. The state is donated."""
         function = jax.jit(functools.partial(decode, self.system), donate_argnums=1, compiler_options=narrow_options())
         return self._run(("decode", *_state_key(state)), function, params, state, np.int32(num_rounds))
+
+    def place(self, state: DecodeState, fresh: DecodeState, rows: np.ndarray) -> DecodeState:
+        """See place. The state is donated."""
+        key = "place", rows.size, *_state_key(state)
+        return self._run(key, jax.jit(place, donate_argnums=0), state, fresh, rows)
 
     def _run(self, key: tuple, function: Any, *args: Any) -> Any:
         if self._eager:
@@ -298,7 +317,7 @@ class SpeculativeDecoder:
         Raises:
             SpecJAXError: an empty or over-long prompt, parameters that don't fit; names the prompt.
         """
-        requests = self._requests(prompts, sampling_params, chat)
+        requests = self.requests(prompts, sampling_params, chat)
         outputs: list[_Output] = []
         metrics: Metrics | None = None
         for first in range(0, len(requests), self.max_batch_size):
@@ -320,14 +339,24 @@ class SpeculativeDecoder:
 
         At most max_batch_size prompts.
         """
-        requests = self._requests(prompts, sampling_params, chat)
+        requests = self.requests(prompts, sampling_params, chat)
         if len(requests) > self.max_batch_size:
             raise SpecJAXError(
                 f"prompts: {len(requests)} to stream; expected at most max_batch_size={self.max_batch_size}."
             )
         return Stream(_Batch(self, requests, min_capacity=0), RULES[self.rule_name].lossless)
 
-    def _requests(self, prompts, sampling_params, chat) -> list["_Request"]:
+    def requests(
+        self,
+        prompts: str | Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        chat: bool = True,
+    ) -> list["Request"]:
+        """Checks and tokenises prompts, as generate takes them.
+
+        Raises:
+            SpecJAXError: names the prompt and what is wrong with it.
+        """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise SpecJAXError("prompts=[]: expected at least one prompt.")
@@ -344,7 +373,7 @@ class SpeculativeDecoder:
             for index, (prompt, params) in enumerate(zip(prompts, sampling_params, strict=True))
         ]
 
-    def _request(self, index: int, prompt: Any, params: SamplingParams, chat: bool) -> "_Request":
+    def _request(self, index: int, prompt: Any, params: SamplingParams, chat: bool) -> "Request":
         try:
             tokens = encode_prompt(self.target.tokenizer, prompt, chat, self.target.config.vocab_size)
         except SpecJAXError as error:
@@ -372,15 +401,30 @@ class SpeculativeDecoder:
         if unknown:
             raise ConfigError(f"SamplingParams.logit_bias: {unknown[0]} is no token; expected 0 <= id < {vocab_size}.")
         stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self.target.stop_token_ids))
-        return _Request(index, tokens, params, tuple(sorted(stops)))
+        return Request(index, tokens, params, tuple(sorted(stops)))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Request:
+class Request:
+    """A prompt that has been checked and tokenised.
+
+    Attributes:
+        index: among the prompts of its call.
+        tokens: of the prompt.
+        params: how it decodes.
+        stop_tokens: that end it.
+    """
+
     index: int
     tokens: list[int]
     params: SamplingParams
     stop_tokens: tuple[int, ...]
+
+    def longest(self, owner: "SpeculativeDecoder") -> int:
+        """Cache positions that the row may write: its longest text, and the drafts of its last round."""
+        context = owner.target.config.max_position
+        drafted = owner.programs.system.drafter.num_speculative_tokens
+        return min(len(self.tokens) + self.params.max_tokens, context) + drafted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -429,7 +473,7 @@ class Stream:
 class _Batch:
     """Requests that decode side by side, from prompt to output."""
 
-    def __init__(self, owner: SpeculativeDecoder, requests: list[_Request], min_capacity: int):
+    def __init__(self, owner: SpeculativeDecoder, requests: list[Request], min_capacity: int):
         self.owner = owner
         self.requests = requests
         self.min_capacity = min_capacity
@@ -474,64 +518,10 @@ class _Batch:
         yield
 
     def _rows(self, windows: list[tuple[int, int]]) -> dict[str, np.ndarray]:
-        """The per-row inputs. Rows beyond the requests are done from the start."""
-        context = self.owner.target.config.max_position
-        drafter = self.owner.programs.system.drafter
-        longest = max(min(len(r.tokens) + r.params.max_tokens, context) for r in self.requests)
+        longest = max(request.longest(self.owner) for request in self.requests)
         prefilled = sum(windows[-1]) if windows else 0
-        written = longest + drafter.num_speculative_tokens
-        capacity = kv.round_capacity(max(written, prefilled, self.min_capacity))
-        num_stops = max(len(request.stop_tokens) for request in self.requests)
-        num_stops = -(-max(num_stops, 1) // STOP_TOKENS_MULTIPLE) * STOP_TOKENS_MULTIPLE
-        rows = {
-            "tokens": np.zeros((self.batch, capacity), np.int32),
-            "length": np.ones(self.batch, np.int32),
-            "max_length": np.ones(self.batch, np.int32),
-            "stop_tokens": np.full((self.batch, num_stops), PAD, np.int32),
-            "finish": np.full(self.batch, LENGTH, np.int32),
-            "temperature": np.zeros(self.batch, np.float32),
-            "top_k": np.zeros(self.batch, np.int32),
-            "top_p": np.ones(self.batch, np.float32),
-            "min_p": np.zeros(self.batch, np.float32),
-            "seed_low": np.zeros(self.batch, np.uint32),
-            "seed_high": np.zeros(self.batch, np.uint32),
-        }
-        for row, request in enumerate(self.requests):
-            params, length, seed = request.params, len(request.tokens), request.params.seed or 0
-            values = {
-                "length": length,
-                "max_length": min(length + params.max_tokens, context),
-                "finish": RUNNING,
-                "temperature": params.temperature,
-                "top_k": min(params.top_k, self.owner.target.config.vocab_size),
-                "top_p": params.top_p,
-                "min_p": params.min_p,
-                "seed_low": seed & 0xFFFFFFFF,
-                "seed_high": seed >> 32,
-            }
-            rows["tokens"][row, :length] = request.tokens
-            rows["stop_tokens"][row, : len(request.stop_tokens)] = request.stop_tokens
-            for name, value in values.items():
-                rows[name][row] = value
-        return rows | self._optional_rows()
-
-    def _optional_rows(self) -> dict[str, np.ndarray]:
-        """Inputs that are there only where a request or the rule asks: programs without them carry nothing."""
-        rows: dict[str, np.ndarray] = {}
-        if any(request.params.logprobs for request in self.requests):
-            rows["logprobs"] = np.zeros(())
-        if self.owner.think_tokens is not None:
-            rows["think_tokens"] = np.array(self.owner.think_tokens, np.int32)
-        if any(request.params.adjusts_logits for request in self.requests):
-            rows["bias"] = np.zeros((self.batch, self.owner.target.config.vocab_size), np.float32)
-            for name in PENALTIES:
-                rows[name] = np.full(self.batch, SamplingParams.model_fields[name].default, np.float32)
-            for row, request in enumerate(self.requests):
-                for name in PENALTIES:
-                    rows[name][row] = getattr(request.params, name)
-                for token, bias in request.params.logit_bias:
-                    rows["bias"][row, token] = bias
-        return rows
+        capacity = kv.round_capacity(max(longest, prefilled, self.min_capacity))
+        return batch_rows(self.owner, self.requests, self.batch, capacity, self.requests)
 
     def _look(self, state: DecodeState) -> None:
         """The one place that reads the device."""
@@ -602,6 +592,71 @@ class _Batch:
             first_round_seconds=self.seconds["first_round"],
             compile_seconds=self.compile_seconds,
         )
+
+
+def batch_rows(
+    owner: SpeculativeDecoder, requests: Sequence[Request], batch: int, capacity: int, peers: Sequence[Request]
+) -> dict[str, np.ndarray]:
+    """The per-row inputs of a state of so many rows. Rows beyond the requests are done from the start.
+
+    Args:
+        peers: all requests that states of this structure will hold: programs carry biases, penalties and
+            log-probabilities only where one of them asks.
+    """
+    num_stops = max(len(request.stop_tokens) for request in peers)
+    num_stops = -(-max(num_stops, 1) // STOP_TOKENS_MULTIPLE) * STOP_TOKENS_MULTIPLE
+    rows = {
+        "tokens": np.zeros((batch, capacity), np.int32),
+        "length": np.ones(batch, np.int32),
+        "max_length": np.ones(batch, np.int32),
+        "stop_tokens": np.full((batch, num_stops), PAD, np.int32),
+        "finish": np.full(batch, LENGTH, np.int32),
+        "temperature": np.zeros(batch, np.float32),
+        "top_k": np.zeros(batch, np.int32),
+        "top_p": np.ones(batch, np.float32),
+        "min_p": np.zeros(batch, np.float32),
+        "seed_low": np.zeros(batch, np.uint32),
+        "seed_high": np.zeros(batch, np.uint32),
+    }
+    for row, request in enumerate(requests):
+        params, length, seed = request.params, len(request.tokens), request.params.seed or 0
+        values = {
+            "length": length,
+            "max_length": min(length + params.max_tokens, owner.target.config.max_position),
+            "finish": RUNNING,
+            "temperature": params.temperature,
+            "top_k": min(params.top_k, owner.target.config.vocab_size),
+            "top_p": params.top_p,
+            "min_p": params.min_p,
+            "seed_low": seed & 0xFFFFFFFF,
+            "seed_high": seed >> 32,
+        }
+        rows["tokens"][row, :length] = request.tokens
+        rows["stop_tokens"][row, : len(request.stop_tokens)] = request.stop_tokens
+        for name, value in values.items():
+            rows[name][row] = value
+    return rows | _optional_rows(owner, requests, batch, peers)
+
+
+def _optional_rows(
+    owner: SpeculativeDecoder, requests: Sequence[Request], batch: int, peers: Sequence[Request]
+) -> dict[str, np.ndarray]:
+    """Inputs that are there only where a request or the rule asks: programs without them carry nothing."""
+    rows: dict[str, np.ndarray] = {}
+    if any(request.params.logprobs for request in peers):
+        rows["logprobs"] = np.zeros(())
+    if owner.think_tokens is not None:
+        rows["think_tokens"] = np.array(owner.think_tokens, np.int32)
+    if any(request.params.adjusts_logits for request in peers):
+        rows["bias"] = np.zeros((batch, owner.target.config.vocab_size), np.float32)
+        for name in PENALTIES:
+            rows[name] = np.full(batch, SamplingParams.model_fields[name].default, np.float32)
+        for row, request in enumerate(requests):
+            for name in PENALTIES:
+                rows[name][row] = getattr(request.params, name)
+            for token, bias in request.params.logit_bias:
+                rows["bias"][row, token] = bias
+    return rows
 
 
 def prefill_windows(num_positions: int) -> list[tuple[int, int]]:

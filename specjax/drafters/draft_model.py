@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal, chain
-from specjax.sampling import PROPOSE, SamplingState, draw, local_argmax, probabilities, truncate, uniforms_at
+from specjax.drafters.chain import choose, proposal_uniforms
 from specjax.target import decoder
 from specjax.target.families import ModelConfig
 
@@ -27,17 +27,6 @@ def draft_model(
     """
     G = num_speculative_tokens
 
-    def choose(logits: jax.Array, uniforms: jax.Array, sampling: SamplingState):
-        """A token for each row from float32[B, V] and float32[B, 3], what it was drawn from, and its logit."""
-        probs = None
-        if sample:
-            law = truncate(logits, sampling)
-            probs = probabilities(law)
-            token = jnp.where(law.greedy, law.best, draw(probs, uniforms))
-        else:
-            token = local_argmax(logits)
-        return token, probs, jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-
     def propose(params, cache, context: Context):
         # After full acceptance the last draft has never been run through the draft model, so its position is run
         # again together with the last committed token. That is two rows of one pass, and never wrong.
@@ -45,14 +34,14 @@ def draft_model(
         window = jnp.take_along_axis(context.tokens, start[:, None] + jnp.arange(2), axis=1)
         out = decoder.apply(config, params, window, start, cache)
         last = jnp.take_along_axis(out.logits, (context.length - 1 - start)[:, None, None], axis=1)[:, 0]
-        uniforms = uniforms_at(context.sampling.key, context.length, PROPOSE, 3 * G).reshape(-1, G, 3)
-        first = choose(last, uniforms[:, 0], context.sampling)
+        uniforms = proposal_uniforms(context.sampling, context.length, G)
+        first = choose(last, uniforms[:, 0], context.sampling, sample)
 
         def draft_next(carry, depth):
             token, cache = carry
             position = context.length + depth
             out = decoder.apply(config, params, token[:, None], position, cache)
-            chosen = choose(out.logits[:, 0], uniforms[:, depth + 1], context.sampling)
+            chosen = choose(out.logits[:, 0], uniforms[:, depth + 1], context.sampling, sample)
             return (chosen[0], out.cache), chosen
 
         (_, cache), rest = jax.lax.scan(draft_next, (first[0], out.cache), jnp.arange(G - 1))

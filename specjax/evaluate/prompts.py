@@ -17,12 +17,17 @@ class Prompt:
     Attributes:
         id: unique in its set.
         category: kind of task.
-        text: the first user turn.
+        turns: the user's.
     """
 
     id: str
     category: str
-    text: str
+    turns: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """The first turn."""
+        return self.turns[0]
 
 
 def load_prompts(name_or_path: str, num_prompts: int = 0) -> list[Prompt]:
@@ -47,7 +52,7 @@ def load_prompts(name_or_path: str, num_prompts: int = 0) -> list[Prompt]:
             raise SpecJAXError(
                 f"prompts={name_or_path!r}: is not UTF-8 text ({error}); expected a JSONL file."
             ) from error
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     prompts = [_parse(f"{name_or_path}:{number}", line) for number, line in lines]
     if not prompts:
         raise SpecJAXError(f"prompts={name_or_path!r}: holds no prompts; expected at least one line.")
@@ -66,6 +71,7 @@ def _parse(where: str, line: str) -> Prompt:
     except json.JSONDecodeError as error:
         raise SpecJAXError(f"{where}: is not JSON ({error}); {expected}.") from error
     turns = record.get("turns") if isinstance(record, dict) else None
-    if not isinstance(turns, list) or not turns or not isinstance(turns[0], str) or not turns[0] or "id" not in record:
+    texts = isinstance(turns, list) and all(isinstance(turn, str) and turn for turn in turns)
+    if not texts or not turns or "id" not in record:
         raise SpecJAXError(f"{where}: {line[:80]!r}; {expected}.")
-    return Prompt(str(record["id"]), str(record.get("category", "")), turns[0])
+    return Prompt(str(record["id"]), str(record.get("category", "")), tuple(turns))

@@ -1,5 +1,6 @@
 """The decoder-only transformer: weights described once, init and apply as pure functions."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,6 +12,10 @@ from specjax.target import layers
 from specjax.target.families import ModelConfig
 
 Params = dict[str, Any]
+
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""How a layer attends: queries dtype[B, T, K, N / K, H], scaled by 1 / sqrt(H), and the tokens' own keys and values
+dtype[B, T, K, H], rotated -> dtype[B, T, N * H] and what is remembered of them."""
 
 
 class TargetOutput(NamedTuple):
@@ -44,98 +49,100 @@ class Decoder(nn.Module):
     def __call__(
         self,
         tokens: jax.Array,
-        start: jax.Array,
-        cache: kv.KVCache,
+        positions: jax.Array,
+        attends: Sequence[Attend],
         taps: tuple[int, ...] = (),
         with_logits: bool = True,
-    ) -> TargetOutput:
+    ) -> tuple[Any, tuple[jax.Array, ...], jax.Array, list[Any]]:
+        """Logits or None, the taps, the final hidden states, and what each layer's attention remembers."""
         c = self.config
-        x = _weight(self, "embedding", (c.vocab_size, c.width), ("vocab", "width"))[tokens]
-        positions = start[:, None] + jnp.arange(tokens.shape[1])
+        x = weight(self, "embedding", (c.vocab_size, c.width), ("vocab", "width"))[tokens]
         cos_sin = layers.rope(c, positions)
         tapped = {}
-        keys, values = [], []
+        memories = []
         for index in range(c.num_layers):
             tapped[index] = x
-            layer = DecoderLayer(c, c.sliding_windows[index], self.dtype, name=f"layer_{index}")
-            x, layer_keys, layer_values = layer(x, cos_sin, start, cache.keys[index], cache.values[index])
-            keys.append(layer_keys)
-            values.append(layer_values)
+            x, memory = DecoderLayer(c, self.dtype, name=f"layer_{index}")(x, cos_sin, attends[index])
+            memories.append(memory)
         tapped[c.num_layers] = x
-        final = layers.rms_norm(x, _scale(self, "final_norm", c.width), c.norm_eps)
-        head = _weight(self, "head", (c.width, c.vocab_size), ("width", "vocab"))
+        final = layers.rms_norm(x, scale(self, "final_norm", c.width), c.norm_eps)
+        head = weight(self, "head", (c.width, c.vocab_size), ("width", "vocab"))
         logits = None
         if with_logits:
             with jax.named_scope("head"):
-                logits = jnp.einsum("btd,dv->btv", final, head, preferred_element_type=jnp.float32)
-        new_cache = kv.KVCache(tuple(keys), tuple(values))
-        return TargetOutput(logits, tuple(tapped[tap] for tap in taps), final, new_cache)
+                logits = layers.project(final, head)
+        return logits, tuple(tapped[tap] for tap in taps), final, memories
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and SwiGLU MLP. Tokens' entries are written to the cache, then attended to there."""
+    """Attention and SwiGLU MLP, each behind a norm. How tokens attend, and to what, is the caller's.
+
+    Attributes:
+        input_width: of what the attention's projections read; None where it is the layer's own normed input.
+        norm_input: False for heads whose layer reads an input that is normed already (EAGLE).
+    """
 
     config: ModelConfig
-    sliding_window: int | None
     dtype: jnp.dtype
+    input_width: int | None = None
+    norm_input: bool = True
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        cos_sin: tuple[jax.Array, jax.Array],
-        start: jax.Array,
-        keys: jax.Array,
-        values: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], attend: Attend, attention_input: Any = None
+    ) -> tuple[jax.Array, Any]:
         c = self.config
-        Q, H = c.queries_per_kv, c.head_dim
+        K, Q, H = c.num_kv_heads, c.queries_per_kv, c.head_dim
         with jax.named_scope("attention"):
-            normed = layers.rms_norm(x, _scale(self, "attention_norm", c.width), c.norm_eps)
-            kernel = _weight(self, "qkv", (c.width, c.num_kv_heads, Q + 2, H), ("width", "kv_heads", None, "head"))
-            qkv = jnp.einsum("btd,dkgh->btkgh", normed, kernel)
+            if attention_input is None:
+                attention_input = x
+                if self.norm_input:
+                    attention_input = layers.rms_norm(x, scale(self, "attention_norm", c.width), c.norm_eps)
+            width = c.width if self.input_width is None else self.input_width
+            kernel = weight(self, "qkv", (width, K, Q + 2, H), ("width", "kv_heads", None, "head"))
+            qkv = layers.product(attention_input, kernel)
             if c.qkv_bias:
-                qkv += _bias(self, "qkv_bias", (c.num_kv_heads, Q + 2, H), ("kv_heads", None, "head"))
+                qkv += bias(self, "qkv_bias", (K, Q + 2, H), ("kv_heads", None, "head"))
             q, k, v = qkv[..., :Q, :], qkv[..., Q, :], qkv[..., Q + 1, :]
             if c.qk_norm:
-                q = layers.rms_norm(q, _scale(self, "q_norm", H), c.norm_eps)
-                k = layers.rms_norm(k, _scale(self, "k_norm", H), c.norm_eps)
+                q = layers.rms_norm(q, scale(self, "q_norm", H), c.norm_eps)
+                k = layers.rms_norm(k, scale(self, "k_norm", H), c.norm_eps)
             B, T = x.shape[:2]
             q = layers.rotate(q.reshape(B, T, -1, H), cos_sin).reshape(q.shape) * (H**-0.5)
-            keys = kv.write(keys, layers.rotate(k, cos_sin), start)
             # Finite, because a hidden slot weighs 0 and 0 * inf is NaN; a row that overflows shows it elsewhere.
-            values = kv.write(values, jnp.nan_to_num(v), start)
-            mixed = layers.attend(q, keys, values, start, self.sliding_window)
-            out_kernel = _weight(self, "out", (c.num_kv_heads, Q, H, c.width), ("kv_heads", None, "head", "width"))
-            out = mixed @ out_kernel.reshape(-1, c.width)
+            mixed, memory = attend(q, layers.rotate(k, cos_sin), jnp.nan_to_num(v))
+            out_kernel = weight(self, "out", (K, Q, H, c.width), ("kv_heads", None, "head", "width"))
+            out = layers.product(mixed, out_kernel.reshape(-1, c.width))
             if c.out_bias:
-                out += _bias(self, "out_bias", (c.width,), ("width",))
+                out += bias(self, "out_bias", (c.width,), ("width",))
             x = x + out
         with jax.named_scope("mlp"):
-            normed = layers.rms_norm(x, _scale(self, "mlp_norm", c.width), c.norm_eps)
-            gate_up = jnp.einsum(
-                "btd,dcf->btcf", normed, _weight(self, "gate_up", (c.width, 2, c.mlp_width), ("width", None, "mlp"))
+            normed = layers.rms_norm(x, scale(self, "mlp_norm", c.width), c.norm_eps)
+            gate_up = layers.product(
+                normed, weight(self, "gate_up", (c.width, 2, c.mlp_width), ("width", None, "mlp"))
             )
             if c.mlp_bias:
-                gate_up += _bias(self, "gate_up_bias", (2, c.mlp_width), (None, "mlp"))
+                gate_up += bias(self, "gate_up_bias", (2, c.mlp_width), (None, "mlp"))
             hidden = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-            down = hidden @ _weight(self, "down", (c.mlp_width, c.width), ("mlp", "width"))
+            down = layers.product(hidden, weight(self, "down", (c.mlp_width, c.width), ("mlp", "width")))
             if c.mlp_bias:
-                down += _bias(self, "down_bias", (c.width,), ("width",))
+                down += bias(self, "down_bias", (c.width,), ("width",))
             x = x + down
-        return x, keys, values
+        return x, memory
 
 
-def _weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
+def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
     """A kernel of the module: its shape, logical axes and initialiser, the one place that says them."""
     return _param(module, name, nn.initializers.normal(0.02), shape, axes)
 
 
-def _bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
+def bias(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
+    """A bias of the module, 0 at first."""
     return _param(module, name, nn.initializers.zeros, shape, axes)
 
 
-def _scale(module: nn.Module, name: str, width: int) -> jax.Array:
+def scale(module: nn.Module, name: str, width: int) -> jax.Array:
+    """The scale of an RMSNorm, 1 at first."""
     return _param(module, name, nn.initializers.ones, (width,), (None,))
 
 
@@ -164,9 +171,29 @@ def param_axes(config: ModelConfig) -> Params:
 
 
 def _init_boxed(config: ModelConfig, key: jax.Array, dtype: jnp.dtype) -> Params:
-    tokens, start = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1,), jnp.int32)
-    cache = init_cache(config, 1, kv.BLOCK, dtype)
-    return Decoder(config, dtype).init(key, tokens, start, cache)["params"]
+    tokens = positions = jnp.zeros((1, 1), jnp.int32)
+    attends = [attend_within(jnp.ones((1, 1, 1), bool))] * config.num_layers
+    return Decoder(config, dtype).init(key, tokens, positions, attends)["params"]
+
+
+def attend_to_cache(keys: jax.Array, values: jax.Array, start: jax.Array, sliding_window: int | None) -> Attend:
+    """A layer's attention over its cache, in which the window's entries are written at start.
+
+    Args:
+        keys, values: dtype[B, K, S, H], as the cache has them; the new ones are what is remembered.
+        start: int32[B].
+    """
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        new_keys, new_values = kv.write(keys, k, start), kv.write(values, v, start)
+        return layers.attend(q, new_keys, new_values, start, sliding_window), (new_keys, new_values)
+
+    return attend
+
+
+def attend_within(mask: jax.Array) -> Attend:
+    """A layer's attention of whole sequences to themselves; remembers nothing. mask: bool[B, T, T]."""
+    return lambda q, k, v: (layers.attend_within(q, k, v, mask), None)
 
 
 def apply(
@@ -188,7 +215,31 @@ def apply(
         taps: layers j whose entering residual stream is returned (j = L: leaving the last layer).
         with_logits: False skips the output head, as prefill does.
     """
-    output: Any = Decoder(config, cache.keys[0].dtype).apply(
-        {"params": params}, tokens, start, cache, taps, with_logits
+    attends = [
+        attend_to_cache(keys, values, start, window)
+        for keys, values, window in zip(cache.keys, cache.values, config.sliding_windows, strict=True)
+    ]
+    positions = start[:, None] + jnp.arange(tokens.shape[1])
+    logits, tapped, final, memories = Decoder(config, cache.keys[0].dtype).apply(
+        {"params": params}, tokens, positions, attends, taps, with_logits
     )
-    return output
+    keys, values = zip(*memories, strict=True)
+    return TargetOutput(logits, tapped, final, kv.KVCache(keys, values))
+
+
+def forward(
+    config: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array, mask: jax.Array, taps: tuple[int, ...]
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Taps and final hidden states, dtype[B, T, D] each, of whole sequences, without a cache.
+
+    Args:
+        tokens, positions: int32[B, T].
+        mask: bool[B, T, T], which tokens (last axis) a token may attend to; sliding windows narrow it further.
+        taps: as in apply.
+    """
+    distance = positions[:, :, None] - positions[:, None, :]
+    masks = [mask if window is None else mask & (distance < window) for window in config.sliding_windows]
+    attends = [attend_within(mask) for mask in masks]
+    dtype = params["embedding"].dtype
+    _, tapped, final, _ = Decoder(config, dtype).apply({"params": params}, tokens, positions, attends, taps, False)
+    return tapped, final

@@ -1,4 +1,4 @@
-"""Hugging Face config.json -> ModelConfig, for the llama, mistral, qwen2 and qwen3 families."""
+"""Hugging Face config.json -> ModelConfig, for the llama, mistral, qwen2, qwen3 and mimo families."""
 
 import dataclasses
 import math
@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from specjax.errors import CheckpointError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mimo")
+QWEN2 = ("qwen2", "mimo")
+"""MiMo is a Qwen2 with multi-token-prediction heads."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +115,8 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         rope_theta=float(rope.get("rope_theta", 10000.0)),
         rope_scaling=_rope_scaling(rope, max_position),
         max_position=max_position,
-        qkv_bias=True if family == "qwen2" else attention_bias,
-        out_bias=False if family == "qwen2" else attention_bias,
+        qkv_bias=True if family in QWEN2 else attention_bias,
+        out_bias=False if family in QWEN2 else attention_bias,
         mlp_bias=bool(config.get("mlp_bias", False)),
         qk_norm=family == "qwen3",
         sliding_windows=_sliding_windows(config, family, num_layers),
@@ -214,11 +216,11 @@ def _sliding_windows(config: Mapping[str, Any], family: str, num_layers: int) ->
             raise CheckpointError(
                 f"config.json: layer_types has {unknown}; expected full_attention or sliding_attention."
             )
-    switched_off = family in ("qwen2", "qwen3") and not config.get("use_sliding_window", False)
+    switched_off = family in (*QWEN2, "qwen3") and not config.get("use_sliding_window", False)
     if family == "llama" or switched_off or ("sliding_window" in config and config["sliding_window"] is None):
         return (None,) * num_layers
     window = _integer(config, "sliding_window", default=4096)
     if layer_types is not None:
         return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-    first = config.get("max_window_layers", 28) if family in ("qwen2", "qwen3") else 0
+    first = config.get("max_window_layers", 28) if family in (*QWEN2, "qwen3") else 0
     return tuple(window if layer >= first else None for layer in range(num_layers))

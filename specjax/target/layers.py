@@ -20,6 +20,39 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return normalised.astype(x.dtype) * scale
 
 
+def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Activations [..., I] times a kernel [I, *O], summed in float32 and rounded once to the activations' dtype."""
+    return project(x, kernel).astype(x.dtype)
+
+
+@jax.custom_vjp
+def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Activations [..., I] times a kernel [I, *O], in float32.
+
+    Its gradient rounds what comes back to the activations' dtype, so that all three products of a training step run
+    where the hardware multiplies that dtype (XLA on CPU uses its matrix unit, AMX, for bfloat16 with float32 results).
+    """
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _project_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return project(x, kernel), (x, kernel)
+
+
+def _project_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    gradient = gradient.astype(x.dtype)
+    lead, out = x.ndim - 1, kernel.ndim - 1
+    over_outputs = tuple(range(lead, lead + out)), tuple(range(1, 1 + out))
+    over_tokens = tuple(range(lead)), tuple(range(lead))
+    dx = jax.lax.dot_general(gradient, kernel, (over_outputs, ((), ())), preferred_element_type=jnp.float32)
+    dk = jax.lax.dot_general(x, gradient, (over_tokens, ((), ())), preferred_element_type=jnp.float32)
+    return dx.astype(x.dtype), dk.astype(kernel.dtype)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:
     """Radians per position of each rotated pair, float32[H / 2], and what cos and sin are multiplied by."""
     half = np.arange(0, config.head_dim, 2, dtype=np.float64)
@@ -79,17 +112,20 @@ def attend(
         dtype[B, T, N * H].
     """
     B, T, K, Q, H = queries.shape
+    size = kv.block_size(B)
     positions = start[:, None] + jnp.arange(T)
     stacked = queries.transpose(0, 2, 3, 1, 4).reshape(B, K, Q * T, H)
 
     def block(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         peak, total, mixed = carry
-        offset = index * kv.BLOCK
-        block_keys = jax.lax.dynamic_slice_in_dim(keys, offset, kv.BLOCK, axis=2)
-        block_values = jax.lax.dynamic_slice_in_dim(values, offset, kv.BLOCK, axis=2)
-        logits = jnp.einsum("bkqh,bksh->bkqs", stacked, block_keys, preferred_element_type=jnp.float32)
-        mask = kv.visible(positions, offset + jnp.arange(kv.BLOCK), sliding_window)
-        mask = jnp.broadcast_to(mask[:, None, None], (B, 1, Q, T, kv.BLOCK)).reshape(B, 1, Q * T, kv.BLOCK)
+        offset = index * size
+        block_keys = jax.lax.dynamic_slice_in_dim(keys, offset, size, axis=2)
+        block_values = jax.lax.dynamic_slice_in_dim(values, offset, size, axis=2)
+        # Keys first, and not turned by the compiler: with few queries XLA on CPU runs that three times faster.
+        logits = jnp.einsum("bksh,bkqh->bksq", block_keys, stacked, preferred_element_type=jnp.float32)
+        logits = jax.lax.optimization_barrier(logits).swapaxes(2, 3)
+        mask = kv.visible(positions, offset + jnp.arange(size), sliding_window)
+        mask = jnp.broadcast_to(mask[:, None, None], (B, 1, Q, T, size)).reshape(B, 1, Q * T, size)
         logits = jnp.where(mask, logits, HIDDEN)
         new_peak = jnp.maximum(peak, logits.max(axis=-1))
         # A block that a query sees nothing of weighs exp(0) each until the first visible slot, whose decay is then 0.
@@ -100,9 +136,27 @@ def attend(
         )
         return new_peak, total * decay + weights.sum(axis=-1), mixed * decay[..., None] + update
 
-    first = 0 if sliding_window is None else jnp.maximum(jnp.min(start) - sliding_window + 1, 0) // kv.BLOCK
-    last = (jnp.max(start) + T + kv.BLOCK - 1) // kv.BLOCK
+    first = 0 if sliding_window is None else jnp.maximum(jnp.min(start) - sliding_window + 1, 0) // size
+    last = (jnp.max(start) + T + size - 1) // size
     empty = jnp.full((B, K, Q * T), HIDDEN), jnp.zeros((B, K, Q * T)), jnp.zeros((B, K, Q * T, H))
     _, total, mixed = jax.lax.fori_loop(first, last, block, empty)
     out = (mixed / total[..., None]).astype(queries.dtype)
     return out.reshape(B, K, Q, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, K * Q * H)
+
+
+def attend_within(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attention of whole sequences to themselves.
+
+    Args:
+        queries: dtype[B, T, K, N / K, H], already scaled by 1 / sqrt(H).
+        keys, values: dtype[B, T, K, H].
+        mask: bool[B, T, T]; a token that may attend to nothing gets the mean of all values.
+
+    Returns:
+        dtype[B, T, N * H].
+    """
+    B, T, K, Q, H = queries.shape
+    logits = jnp.einsum("btkqh,bskh->bkqts", queries, keys, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], logits, HIDDEN), axis=-1).astype(values.dtype)
+    mixed = jnp.einsum("bkqts,bskh->btkqh", weights, values, preferred_element_type=jnp.float32)
+    return mixed.reshape(B, T, K * Q * H).astype(queries.dtype)

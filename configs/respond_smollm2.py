@@ -1,0 +1,29 @@
+"""The answers of SmolLM2-135M-Instruct to the training prompts, which its draft heads learn from.
+
+Command:   specjax respond --config=configs/respond_smollm2.py --workdir=DIR
+Minutes:   measured later.
+Expected:  measured later.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """See the module's docstring."""
+    config = ConfigDict()
+    # The model that answers, and its dtype; as in eval_smollm2.py.
+    config.target = "smollm2-135m-instruct"
+    config.dtype = ""
+    # A JSONL file of {"id", "category", "turns": [text, ...]}; every turn is answered.
+    config.prompts = "../shared/data/train_prompts.jsonl"
+    # Use only so many prompts; 0 for all.
+    config.num_prompts = 0
+    # Of an answer.
+    config.max_tokens = 256
+    # Longer prompts, earlier turns and chat template included, are left out.
+    config.max_prompt_tokens = 600
+    # Prompt i is answered at the i-th of them, round and round.
+    config.temperatures = (0.0,)
+    # Rows that decode at once.
+    config.max_batch_size = 32
+    return config

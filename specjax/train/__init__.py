@@ -1,0 +1,1 @@
+"""Training of draft heads: responses of the target, features, losses, the loop."""

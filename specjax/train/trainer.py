@@ -1,0 +1,581 @@
+"""Training of draft heads: one command from prompts to a head, which goes on exactly where a kill stopped it."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from specjax.checkpoints.load import Target, load_target
+from specjax.errors import ConfigError, SpecJAXError
+from specjax.evaluate.prompts import load_prompts
+from specjax.evaluate.run import device_name, plain_dict, prepare_workdir, write_json, write_text
+from specjax.heads import network
+from specjax.heads.config import HeadConfig, for_target
+from specjax.train import data, features, losses, responses
+from specjax.train.respond import FILE, RespondConfig, answer, respond_config
+
+FEATURES = ("cache", "on_the_fly")
+SCHEDULES = ("cosine", "linear", "constant")
+MAY_CHANGE = ("log_every", "checkpoint_every", "eval_every", "eval_batches", "mesh")
+"""Fields that a resumed run may have other values of: they don't change what is learnt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a training step reads.
+
+    Attributes:
+        length: tokens of a row.
+        rows: in a batch.
+        held_out_every: about one prompt of so many validates; 0 for none.
+    """
+
+    length: int = 512
+    rows: int = 4
+    held_out_every: int = 50
+
+    def __post_init__(self) -> None:
+        for field in ("length", "rows"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"data.{field}={getattr(self, field)}: expected an integer >= 1.")
+        if self.held_out_every < 0 or self.held_out_every == 1:
+            raise ConfigError(f"data.held_out_every={self.held_out_every}: expected 0 (none) or at least 2.")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (1711.05101) behind a limit on the gradient's norm.
+
+    Attributes:
+        learning_rate: the highest, after warm-up.
+        warmup_steps: in which it rises linearly from 0.
+        schedule: of the decay, one of SCHEDULES.
+        final_fraction: of the learning rate that is left at the last step.
+        b1, b2: of the moments.
+        weight_decay: of weights with two axes and more.
+        clip_norm: largest global norm of the gradient.
+    """
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    schedule: str = "cosine"
+    final_fraction: float = 0.05
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 0.01
+    clip_norm: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"optimizer.schedule={self.schedule!r}: expected one of {SCHEDULES}.")
+        for field in ("learning_rate", "clip_norm"):
+            if not getattr(self, field) > 0:
+                raise ConfigError(f"optimizer.{field}={getattr(self, field)}: expected a number > 0.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run; see configs/train_eagle3_smollm2.py, which comments on every field."""
+
+    target: str
+    head: dict[str, Any]
+    steps: int
+    dtype: str = ""
+    responses: str = ""
+    respond: RespondConfig = dataclasses.field(default_factory=RespondConfig)
+    texts: str = ""
+    num_texts: int = 0
+    features: str = "cache"
+    features_dir: str = ""
+    init_from: str = ""
+    loss_vocab_size: int = 0
+    compute_dtype: str = "float32"
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    unroll: tuple[tuple[int, int], ...] = ((0, 1),)
+    loss: losses.LossSettings = dataclasses.field(default_factory=losses.LossSettings)
+    log_every: int = 10
+    checkpoint_every: int = 100
+    eval_every: int = 100
+    eval_batches: int = 8
+    seed: int = 0
+    mesh: int = 1
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "log_every", "checkpoint_every", "eval_every", "mesh"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"{field}={getattr(self, field)}: expected an integer >= 1.")
+        if self.features not in FEATURES:
+            raise ConfigError(f"features={self.features!r}: expected one of {FEATURES}.")
+        for field in ("checkpoint_every", "eval_every"):
+            if getattr(self, field) % self.log_every:
+                raise ConfigError(
+                    f"{field}={getattr(self, field)}: expected a multiple of log_every={self.log_every}, so that no "
+                    "logged line is cut in two; change one of them."
+                )
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"compute_dtype={self.compute_dtype!r}: expected 'float32' or 'bfloat16'.")
+        starts = [start for start, _ in self.unroll]
+        if not starts or starts[0] != 0 or starts != sorted(set(starts)) or min(n for _, n in self.unroll) < 1:
+            raise ConfigError(
+                f"unroll={self.unroll}: expected ((0, n), (step, n), ...) with rising steps and n >= 1, such as "
+                "((0, 1), (1000, 3))."
+            )
+        if self.data.rows % self.mesh:
+            raise ConfigError(
+                f"data.rows={self.data.rows}: cannot be shared by mesh={self.mesh} devices; expected a multiple of it."
+            )
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "TrainConfig":
+        """The frozen form of a config file's fields.
+
+        Raises:
+            ConfigError: an unknown or missing field, or a wrong value.
+        """
+        fields = plain_dict(config)
+        nested = {"data": DataConfig, "optimizer": OptimizerConfig, "loss": losses.LossSettings}
+        for name, kind in nested.items():
+            if name in fields:
+                fields[name] = _filled(kind, fields[name], f"{name}.")
+        if "respond" in fields:
+            fields["respond"] = respond_config(fields["respond"])
+        if "unroll" in fields:
+            fields["unroll"] = tuple((int(start), int(num)) for start, num in fields["unroll"])
+        filled: TrainConfig = _filled(cls, fields, "")
+        return filled
+
+    def num_unrolled(self, step: int) -> int:
+        """Draft steps that the loss of this training step goes through."""
+        return next(num for start, num in reversed(self.unroll) if start <= step)
+
+
+def _filled(kind: Any, fields: dict[str, Any], prefix: str) -> Any:
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    for name, value in fields.items():
+        if name not in known:
+            raise ConfigError(f"{prefix}{name}={value!r}: is no field; expected one of {', '.join(known)}.")
+    for name, field in known.items():
+        optional = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if name not in fields and not optional:
+            raise ConfigError(f"{prefix}{name}: is missing; add it to the config.")
+    return kind(**fields)
+
+
+class TrainState(NamedTuple):
+    """What a training step changes.
+
+    Attributes:
+        params: float32 weights of the head.
+        opt_state: the optimiser's.
+        step: steps done, int32[].
+    """
+
+    params: Any
+    opt_state: Any
+    step: jax.Array
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientTransformation, Any]:
+    """The optimiser, and its learning rate as a function of the step."""
+    rest, final = max(steps - config.warmup_steps, 1), config.learning_rate * config.final_fraction
+    after: Any = optax.constant_schedule(config.learning_rate)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(config.learning_rate, rest, config.final_fraction)
+    if config.schedule == "linear":
+        after = optax.linear_schedule(config.learning_rate, final, rest)
+    before = optax.linear_schedule(0.0, config.learning_rate, max(config.warmup_steps, 1))
+    schedule = optax.join_schedules([before, after], [config.warmup_steps])
+
+    def learning_rate(count: Any) -> Any:
+        return schedule(count + 1)  # no step has rate 0
+
+    decayed = functools.partial(jax.tree.map, lambda x: x.ndim > 1)
+    adamw = optax.adamw(learning_rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw), learning_rate
+
+
+def train(config: TrainConfig, workdir: str | os.PathLike[str], progress: Any = None) -> dict[str, Any]:
+    """Trains a head; workdir then holds head/, summary.json, metrics.jsonl, tensorboard/ and checkpoints/.
+
+    The same command again goes on where it stopped, with the batches and numbers of a run that never did.
+
+    Args:
+        progress: called with (done, total, description).
+
+    Returns:
+        The summary.
+
+    Raises:
+        SpecJAXError: bad input, a workdir of another run, or a loss that is not finite.
+    """
+    workdir = Path(workdir).absolute()
+    prepare_workdir(workdir)
+    _check_same_run(workdir / "config.json", config)
+    target = load_target(config.target, dtype=config.dtype or None)
+    head_config = for_target(target.config, **config.head)
+    found = _training_responses(config, target, workdir, progress)
+    store = _open_store(config, target, head_config, found, workdir, progress)
+    trainer = Trainer(config, workdir, target, head_config, store)
+    return trainer.run(progress)
+
+
+class Trainer:
+    """The loop and what it holds; train makes one."""
+
+    def __init__(self, config: TrainConfig, workdir: Path, target: Target, head_config: HeadConfig, store: data.Store):
+        if config.mesh > len(jax.devices()):
+            raise ConfigError(f"mesh={config.mesh}: expected at most {len(jax.devices())}, the devices there are.")
+        self.config, self.workdir, self.head_config = config, workdir, head_config
+        trained, held_out = data.split(store.names, config.data.held_out_every)
+        counts = data.count_tokens(store, trained, target.config.vocab_size)
+        if not counts.sum():
+            raise ConfigError("responses: hold no token to learn from; expected answers of the target.")
+        size = head_config.draft_vocab_size if head_config.reduced else config.loss_vocab_size
+        self.vocabulary = data.choose_vocabulary(counts, size) if size else None
+        self.facts = {"sequences": len(trained), "sequence_tokens": int(store.lengths[trained].sum())}
+        if self.vocabulary is not None:
+            unseen = data.count_tokens(store, held_out, target.config.vocab_size)
+            self.facts["coverage"] = data.coverage(self.vocabulary, counts)
+            self.facts["coverage_held_out"] = data.coverage(self.vocabulary, unseen)
+        rows = data.Rows(store, trained, config.data.length, config.seed)
+        self.batches = iter(data.batches(rows, config.data.rows, config.seed))
+        mesh = Mesh(np.array(jax.devices()[: config.mesh]), ("data",))
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self.by_row = NamedSharding(mesh, PartitionSpec("data"))
+        evaluated = data.Rows(store, held_out, config.data.length, config.seed)
+        self.held_out = data.in_order(evaluated, config.data.rows, config.eval_batches)
+        self.optimizer, self.learning_rate = make_optimizer(config.optimizer, config.steps)
+        self.compute_dtype = jnp.dtype(config.compute_dtype)
+        kept = np.arange(target.config.vocab_size, dtype=np.int32) if self.vocabulary is None else self.vocabulary
+        frozen = losses.freeze(head_config, target.params, jnp.asarray(kept), self.compute_dtype)
+        self.frozen = jax.device_put(frozen, self.replicated)
+        on_the_fly = config.features == "on_the_fly"
+        self.target_params = jax.device_put(target.params, self.replicated) if on_the_fly else None
+        self.target_config = target.config
+        self.programs: dict[int, Any] = {}
+        self.flops: dict[int, float] = {}
+        self.num_tokens, self.seconds = 0, 0.0
+
+    def run(self, progress: Any = None) -> dict[str, Any]:
+        """Trains to the last step and writes the head and the summary."""
+        from tensorboardX import SummaryWriter
+
+        config = self.config
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        with ocp.CheckpointManager(self.workdir / "checkpoints", options=options) as manager:
+            state = self._restore_or_init(manager)
+            step = int(state.step)
+            log = MetricsLog(self.workdir / "metrics.jsonl", step)
+            board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=step + 1)
+            pending: list[Any] = []
+            began, tokens_before = time.perf_counter(), self.num_tokens
+            while step < config.steps:
+                batch = next(self.batches)
+                self.num_tokens += int(np.count_nonzero(batch.segments))
+                num_unrolled = config.num_unrolled(step)
+                batch = jax.device_put(batch, self.by_row)
+                program, compile_seconds = self._program(state, batch, num_unrolled)
+                began += compile_seconds
+                state, metrics = program(state, batch, self.frozen, self.target_params)
+                pending.append(metrics)
+                step += 1
+                if step % config.log_every == 0 or step == config.steps:
+                    line = self._line(step, num_unrolled, pending)
+                    seconds = time.perf_counter() - began
+                    self.seconds += seconds
+                    line["tokens_per_second"] = (self.num_tokens - tokens_before) / seconds
+                    line["matmul_flops_per_second"] = self.flops[num_unrolled] * len(pending) / seconds
+                    if self.held_out and (step % config.eval_every == 0 or step == config.steps):
+                        line["validation"] = self._validate(state.params)
+                    log.append(line)
+                    _to_board(board, line)
+                    if progress:
+                        progress(step, config.steps, _describe(line))
+                    pending = []
+                    began, tokens_before = time.perf_counter(), self.num_tokens
+                if step % config.checkpoint_every == 0 or step == config.steps:
+                    self._save(manager, state)
+                    began = time.perf_counter()
+            board.close()
+        return self._finish(state, log)
+
+    def _restore_or_init(self, manager: ocp.CheckpointManager) -> TrainState:
+        """The last checkpoint's state, and the data and counters brought to it; else a new state."""
+        shapes = jax.eval_shape(self._init)
+        latest = manager.latest_step()
+        if latest is None:
+            state = jax.jit(self._init, out_shardings=self.replicated)()
+            if self.config.init_from:
+                params = restore_params(self.config.init_from, shapes.params, self.replicated)
+                state = state._replace(params=params)
+            return state
+        abstract = _with_sharding(shapes, self.replicated)
+        arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()), run=ocp.args.JsonRestore())
+        found = manager.restore(latest, args=arguments)
+        self.batches.set_state(found.run["batches"])
+        self.num_tokens, self.seconds = found.run["num_tokens"], found.run["seconds"]
+        return TrainState(**found.state)
+
+    def _init(self) -> TrainState:
+        params = network.init(self.head_config, jax.random.key(self.config.seed), jnp.float32)
+        return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
+
+    def _save(self, manager: ocp.CheckpointManager, state: TrainState) -> None:
+        run = {"batches": self.batches.get_state(), "num_tokens": self.num_tokens, "seconds": self.seconds}
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), run=ocp.args.JsonSave(run))
+        manager.save(int(state.step), args=arguments)
+
+    def _program(self, state: TrainState, batch: data.Batch, num_unrolled: int) -> tuple[Any, float]:
+        """The compiled training step, and the seconds that compiling it took just now."""
+        if num_unrolled in self.programs:
+            return self.programs[num_unrolled], 0.0
+        began = time.perf_counter()
+        step = functools.partial(self._step, num_unrolled=num_unrolled)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=self.replicated)
+        lowered = jitted.lower(state, batch, self.frozen, self.target_params)
+        self.flops[num_unrolled] = float((lowered.cost_analysis() or {}).get("flops", math.nan))
+        self.programs[num_unrolled] = lowered.compile()
+        return self.programs[num_unrolled], time.perf_counter() - began
+
+    def _step(
+        self, state: TrainState, batch: data.Batch, frozen: Any, target_params: Any, num_unrolled: int
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch = self._with_features(batch, target_params)
+
+        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+
+        def loss(params: Any) -> Any:
+            params = self._to_compute(params)
+            return losses.loss_fn(self.head_config, self.config.loss, params, frozen, batch, num_unrolled, key)
+
+        (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        metrics = {"loss": value} | metrics | {"gradient_norm": optax.global_norm(gradients)}
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
+
+    def _with_features(self, batch: data.Batch, target_params: Any) -> data.Batch:
+        if target_params is not None:
+            taps, final, best = features.target_features(
+                self.target_config, target_params, batch.tokens, batch.positions, batch.segments, self.head_config.taps
+            )
+            batch = batch._replace(best=best, final=final, taps=taps if self.head_config.taps else None)
+        return batch._replace(final=self._to_compute(batch.final), taps=self._to_compute(batch.taps))
+
+    def _to_compute(self, arrays: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(self.compute_dtype), arrays)
+
+    def _validate(self, params: Any) -> dict[str, Any]:
+        """Means over the held-out batches, with as many draft steps as training ends with."""
+        if -1 not in self.programs:
+            num_unrolled = max(num for _, num in self.config.unroll)
+
+            def evaluate(params: Any, batch: data.Batch, frozen: Any, target_params: Any) -> Any:
+                batch = self._with_features(batch, target_params)
+                params = self._to_compute(params)
+                value, metrics = losses.loss_fn(self.head_config, self.config.loss, params, frozen, batch, num_unrolled)
+                return {"loss": value} | metrics
+
+            self.programs[-1] = jax.jit(evaluate)
+        batches = (jax.device_put(batch, self.by_row) for batch in self.held_out)
+        found = [self.programs[-1](params, batch, self.frozen, self.target_params) for batch in batches]
+        return _means(jax.device_get(found))
+
+    def _line(self, step: int, num_unrolled: int, pending: Sequence[Any]) -> dict[str, Any]:
+        """A line of metrics.jsonl: means over the steps since the last one.
+
+        Raises:
+            SpecJAXError: a loss is not finite.
+        """
+        found = jax.device_get(pending)
+        for index, metrics in enumerate(found):
+            if not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["gradient_norm"]):
+                raise SpecJAXError(
+                    f"step={step - len(found) + index + 1}: loss={metrics['loss']}, gradient_norm="
+                    f"{metrics['gradient_norm']}; expected finite numbers. The last checkpoint is kept; lower "
+                    "optimizer.learning_rate or optimizer.clip_norm and start in a new workdir."
+                )
+        rate = float(self.learning_rate(step - 1))
+        return {"step": step, "num_unrolled": num_unrolled, "learning_rate": rate, "tokens": self.num_tokens} | _means(
+            found
+        )
+
+    def _finish(self, state: TrainState, log: "MetricsLog") -> dict[str, Any]:
+        vocabulary = self.vocabulary if self.head_config.reduced else None
+        write_head(self.workdir / "head", self.head_config, state.params, vocabulary)
+        last = log.lines[-1]
+        validated = [line["validation"] for line in log.lines if "validation" in line]
+        summary = {
+            "target": self.config.target,
+            "head": dataclasses.asdict(self.head_config),
+            "device": device_name(),
+            "steps": self.config.steps,
+            "tokens": self.num_tokens,
+            "minutes": self.seconds / 60,
+            "tokens_per_second": self.num_tokens / self.seconds if self.seconds else math.nan,
+            "matmul_flops_per_second": last["matmul_flops_per_second"],
+            "num_weights": sum(x.size for x in jax.tree.leaves(state.params)),
+            **self.facts,
+            "final": {k: v for k, v in last.items() if k != "validation"},
+            "validation": validated[-1] if validated else None,
+        }
+        write_json(self.workdir / "summary.json", summary)
+        return summary
+
+
+class MetricsLog:
+    """metrics.jsonl: one line each log_every steps, each step once, whatever was killed."""
+
+    def __init__(self, path: Path, step: int):
+        """Opens it at a step; lines beyond it, and a torn last one, are dropped."""
+        self.path = path
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        self.lines: list[dict[str, Any]] = [line for line in lines if line["step"] <= step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def append(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _means(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means of metrics over steps or batches; arrays as lists."""
+    return {name: np.mean([np.float64(metrics[name]) for metrics in found], axis=0).tolist() for name in found[0]}
+
+
+def _to_board(board: Any, line: dict[str, Any], prefix: str = "train") -> None:
+    for name, value in line.items():
+        if name == "validation":
+            _to_board(board, value | {"step": line["step"]}, "validation")
+        elif isinstance(value, list):
+            for index, part in enumerate(value):
+                board.add_scalar(f"{prefix}/{name}_{index + 1}", part, line["step"])
+        elif name != "step":
+            board.add_scalar(f"{prefix}/{name}", value, line["step"])
+
+
+def _describe(line: dict[str, Any]) -> str:
+    accuracy = " ".join(f"{value:.2f}" for value in line.get("accuracy", []))
+    validation = line.get("validation")
+    held_out = f", held out {validation['loss']:.3f}" if validation else ""
+    return f"loss {line['loss']:.3f}{held_out}, accuracy {accuracy}, {line['tokens_per_second']:.0f} tokens/s"
+
+
+def _with_sharding(shapes: Any, sharding: NamedSharding) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
+def write_head(path: Path, config: HeadConfig, params: Any, vocabulary: np.ndarray | None) -> None:
+    """Writes a head: params/ (orbax), head.json, and vocabulary.npy where it has one of its own."""
+    temporary = path.with_name(path.name + ".partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(temporary.absolute() / "params", params)
+    write_json(temporary / "head.json", dataclasses.asdict(config))
+    if vocabulary is not None:
+        np.save(temporary / "vocabulary.npy", vocabulary)
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+
+
+def restore_params(path: str | os.PathLike[str], shapes: Any, sharding: NamedSharding) -> Any:
+    """The weights of a head that write_head wrote.
+
+    Raises:
+        ConfigError: there is none, or it is of another shape.
+    """
+    folder = Path(path).absolute() / "params"
+    if not folder.is_dir():
+        raise ConfigError(f"init_from={os.fspath(path)!r}: holds no params/; expected the head/ folder of a training.")
+    with ocp.StandardCheckpointer() as checkpointer:
+        try:
+            return checkpointer.restore(folder, _with_sharding(shapes, sharding))
+        except ValueError as error:
+            raise ConfigError(
+                f"init_from={os.fspath(path)!r}: does not fit the head of this config ({error}); expected equal "
+                "config.head fields."
+            ) from error
+
+
+def _check_same_run(path: Path, config: TrainConfig) -> None:
+    """Writes config.json, or compares with that of the run before.
+
+    Raises:
+        SpecJAXError: they differ in what is learnt.
+    """
+    content = json.loads(json.dumps(dataclasses.asdict(config)))
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        names = sorted((before.keys() | content.keys()) - set(MAY_CHANGE))
+        for name in names:
+            if before.get(name) != content.get(name):
+                raise SpecJAXError(
+                    f"workdir={str(path.parent)!r}: holds a training with {name}={before.get(name)!r}, but this config "
+                    f"has {content.get(name)!r}; choose another folder or remove it."
+                )
+    write_json(path, content)
+
+
+def _training_responses(config: TrainConfig, target: Target, workdir: Path, progress: Any) -> list[responses.Response]:
+    """The responses to learn from, generated first where the config names no file, and the plain texts."""
+    found: list[responses.Response] = []
+    if config.responses:
+        found = responses.read(config.responses)
+        if not found:
+            raise ConfigError(f"responses={config.responses!r}: holds none; expected what `specjax respond` writes.")
+    elif config.respond.prompts:
+        answer(config.respond, target, workdir / FILE, progress)
+        found = responses.read(workdir / FILE)
+    if config.texts:
+        if target.tokenizer is None:
+            raise ConfigError(
+                f"target={config.target!r}: has no tokenizer, which texts need; leave config.texts empty."
+            )
+        if Path(config.texts).suffix == ".txt":
+            texts = [(Path(config.texts).stem, Path(config.texts).read_text(encoding="utf-8"))]
+        else:
+            prompts = load_prompts(config.texts, config.num_texts)
+            texts = [(prompt.id, "\n".join(prompt.turns)) for prompt in prompts]
+        found += features.texts_as_responses(target.tokenizer, texts, config.data.length)
+    if not found:
+        raise ConfigError("responses='': and respond.prompts and texts are empty too; expected one of them.")
+    vocab_size = target.config.vocab_size
+    for response in found:
+        if max(response.prompt + response.response, default=0) >= vocab_size:
+            raise ConfigError(
+                f"responses={config.responses!r}: {response.id!r} holds a token id beyond the target's {vocab_size}; "
+                "expected responses of this target."
+            )
+    return found
+
+
+def _open_store(
+    config: TrainConfig,
+    target: Target,
+    head_config: HeadConfig,
+    found: Sequence[responses.Response],
+    workdir: Path,
+    progress: Any,
+) -> data.Store:
+    if config.features == "on_the_fly":
+        return features.TokenStore(found)
+    directory = Path(config.features_dir) if config.features_dir else workdir / "features"
+    features.write(directory, found, target, head_config.taps, progress)
+    return features.FeatureCache(directory, found, target, head_config.taps)
