@@ -164,7 +164,7 @@ def method_of(model: str) -> Method:
             continue
         kind = str(config.get("speculators_model_type", "")) if isinstance(config, dict) else ""
         if kind in HEAD_METHODS:
-            return kind  # type: ignore[return-value]
+            return kind  # type: ignore
         model = " ".join([str(config.get("architectures")), model if "draft_vocab_size" in config else ""])
         if "draft_vocab_size" in config and "eagle" not in model.lower():
             return "eagle3"

@@ -1,8 +1,9 @@
 """Many prompts through one batch: a row that finishes gives its place to the next prompt (continuous batching)."""
 
 import collections
+import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +17,8 @@ REFILL_ROWS = 8
 """Prompts that are prefilled together before they take their rows."""
 
 
-class Completion(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Completion:
     """The output of one prompt.
 
     Attributes:

@@ -221,9 +221,7 @@ class Tensors:
         """Of a tensor that is there."""
         return tuple(self.files[self.where[name]].get_slice(name).get_shape())
 
-    def take(
-        self, name: str, expected: tuple[int, ...], stored: tuple[str, ...] = STORED_DTYPES
-    ) -> np.ndarray:
+    def take(self, name: str, expected: tuple[int, ...], stored: tuple[str, ...] = STORED_DTYPES) -> np.ndarray:
         """One tensor, checked.
 
         Args:

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -60,12 +61,28 @@ def cache_dir() -> Path:
     return Path(os.environ.get("SPECJAX_CACHE") or "~/.cache/specjax").expanduser()
 
 
+def shipped() -> dict[str, Path]:
+    """Draft heads and models that come with SpecJAX: their names and directories."""
+    folder = Path(__file__).parent.parent / "pretrained"
+    return {path.parent.name: path.parent for path in sorted(folder.glob("*/config.json"))}
+
+
+def shipped_for(target: str, kind: str) -> str | None:
+    """The name of the shipped speculator of a type ("eagle3", ...) that was trained for a target, or None."""
+    for name, directory in shipped().items():
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        verifier = config["speculators_config"]["verifier"]["name_or_path"]
+        if config["speculators_model_type"] == kind and verifier == target:
+            return name
+    return None
+
+
 def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
     """Finds a model and returns its Hugging Face directory, fetching or converting it where needed.
 
     Args:
         name_or_path: in this order: an existing directory; an existing .gguf file, converted into the cache once; a
-            name in `ASSETS`; an 'org/name' repository of the Hugging Face hub.
+            name in `ASSETS`; one that comes with SpecJAX; an 'org/name' repository of the Hugging Face hub.
         revision: branch, tag or commit of a hub repository.
 
     Returns:
@@ -76,7 +93,7 @@ def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -
         CheckpointError: the GGUF file cannot be converted.
     """
     name, path = os.fspath(name_or_path), Path(name_or_path).expanduser()
-    is_local = path.exists() or name in ASSETS
+    is_local = path.exists() or name in ASSETS or name in shipped()
     if revision is not None and (is_local or not HUB_NAME.fullmatch(name)):
         raise AssetError(f"revision={revision!r} applies to 'org/name' hub repositories only, not to {name!r}; omit it")
     if path.is_dir():
@@ -85,6 +102,8 @@ def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -
         return _convert_once(path)
     if name in ASSETS:
         return fetch_asset(name)
+    if name in shipped():
+        return shipped()[name]
     if path.suffix == ".gguf":
         raise AssetError(f"GGUF file {name!r} does not exist; check the path")
     if HUB_NAME.fullmatch(name):
@@ -130,7 +149,7 @@ def _unknown_name(name: str) -> AssetError:
     hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
     return AssetError(
         f"{name!r} is no existing directory or .gguf file, no 'org/name' of the Hugging Face hub and no known "
-        f"asset.{hint} Known assets: {', '.join(sorted(ASSETS))}"
+        f"asset.{hint} Known assets: {', '.join(sorted((*ASSETS, *shipped())))}"
     )
 
 

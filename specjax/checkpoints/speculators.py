@@ -292,7 +292,8 @@ class SpeculatorModelConfig(PretrainedConfig):
         super().__init_subclass__(*arguments, **options)
 
     def __init__(self, **fields: Any):
-        checked = self.schema(**{name: value for name, value in fields.items() if name not in CLASS_NAMES})
+        known = self.schema.model_fields
+        checked = self.schema(**{name: x for name, x in fields.items() if name not in CLASS_NAMES or name in known})
         extra = checked.model_extra or {}
         try:
             super().__init__(**{name: value for name, value in extra.items() if name != "transformers_version"})
@@ -311,7 +312,7 @@ class SpeculatorModelConfig(PretrainedConfig):
         return _register(cls.registry, SpeculatorModelConfig, name)
 
     @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], **fields: Any) -> Any:  # type: ignore[override]
+    def from_dict(cls, config_dict: Mapping[str, Any], **fields: Any) -> Any:
         """The config that a dict describes, of the subclass that it names.
 
         Args:
@@ -401,7 +402,7 @@ def _take_fields(cls: type, inherited: type[Schema]) -> type[Schema]:
     found = {
         name: annotation
         for name, annotation in inspect.get_annotations(cls, eval_str=True).items()
-        if get_origin(annotation) is not ClassVar and annotation is not ClassVar
+        if "ClassVar" not in str(get_origin(annotation))
     }
     fields: dict[str, Any] = {}
     for name, annotation in found.items():
@@ -535,9 +536,10 @@ class MLPSpeculatorConfig(SpeculatorModelConfig):
 
 @SpeculatorModelConfig.register("independent")
 class IndependentSpeculatorConfig(SpeculatorModelConfig):
-    """A whole draft model: the fields of its own config.json, kept as they are."""
+    """A whole draft model: the fields of its own config.json, kept as they are, model_type too."""
 
     speculators_model_type: Literal["independent"] = "independent"
+    model_type: str | None = None  # type: ignore[assignment,misc]
 
 
 def reload_schemas() -> None:

@@ -1,16 +1,27 @@
 """Drafting methods: one file each, and the table that names them."""
 
+import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
+from specjax.checkpoints import pretrained
+from specjax.checkpoints.heads import LoadedHead, detect_method, read_head
 from specjax.checkpoints.load import Target, load_target
 from specjax.config import SpeculativeConfig
 from specjax.drafters.base import Drafter
 from specjax.drafters.draft_model import draft_model
+from specjax.drafters.fit import DraftWarning, check_fit, check_shapes
+from specjax.drafters.head import HeadWeights, head
+from specjax.drafters.hybrid import hybrid
 from specjax.drafters.ngram import ngram
 from specjax.drafters.plain import plain
-from specjax.errors import ConfigError
+from specjax.errors import AssetError, ConfigError
+from specjax.heads.network import Shared
 
 
 def build_drafter(config: SpeculativeConfig | None, target: Target) -> tuple[Drafter, Any]:
@@ -34,6 +45,63 @@ def _draft_model(config: SpeculativeConfig, target: Target) -> tuple[Drafter, An
     if config.model is not None:
         draft = load_target(config.model, dtype=target.dtype, revision=config.revision)
     return draft_model_for(draft, target, config)
+
+
+def _head(config: SpeculativeConfig, target: Target) -> tuple[Drafter, Any]:
+    name = config.model or _own_head(str(config.method), target)
+    loaded = read_head(pretrained.resolve(name, config.revision), target.config, target.dtype, target.params)
+    if config.method not in (loaded.config.method, "hybrid"):
+        raise ConfigError(
+            f"SpeculativeConfig.method={config.method!r}: {name} is a head for method={loaded.config.method!r}; set "
+            "that, or leave the field out."
+        )
+    check_shapes(loaded.config, target, name)
+    _warn_of_another_verifier(loaded, target, name)
+    token_of = None if loaded.vocabulary is None else jnp.asarray(loaded.vocabulary)
+    shared = Shared(target.params["embedding"], target.params["head"])
+    weights = HeadWeights(loaded.params, shared, token_of)
+    check_fit(loaded.config, weights, target, name)
+    limit, longest = config.max_model_len, target.config.max_position
+    if limit is not None and limit > longest:
+        raise ConfigError(f"SpeculativeConfig.max_model_len={limit}: expected at most {longest}, the target's context.")
+    sample = config.draft_sample_method == "probabilistic"
+    return head(loaded.config, config.num_speculative_tokens, target.dtype, sample, limit), weights
+
+
+def _own_head(method: str, target: Target) -> str:
+    """The head of a target where the config names none: in its checkpoint, or one that comes with SpecJAX."""
+    kinds = ("eagle3", "mtp", "eagle") if method == "hybrid" else (method,)
+    found = next((name for kind in kinds if (name := pretrained.shipped_for(target.name, kind))), None)
+    if found is not None:
+        return found
+    if "mtp" in kinds:
+        with contextlib.suppress(AssetError):
+            if detect_method(pretrained.resolve(target.name)) == "mtp":
+                return target.name
+    raise ConfigError(
+        f"SpeculativeConfig.model=None: no {' or '.join(kinds)} head for {target.name} comes with SpecJAX or with its "
+        f"checkpoint; expected the directory or hub id of one. Shipped: {', '.join(pretrained.shipped()) or 'none'}."
+    )
+
+
+def _warn_of_another_verifier(loaded: LoadedHead, target: Target, name: str) -> None:
+    """Names may differ for the same model (a path, a hub id), so this only asks to look."""
+    if loaded.speculator is None or loaded.speculator.speculators_config is None:
+        return
+    verifier = loaded.speculator.speculators_config.verifier.name_or_path
+    if verifier and Path(verifier).name.lower() != Path(target.name).name.lower():
+        warnings.warn(
+            f"{name}: was made for {verifier!r}, the target is {target.name!r}; if these are not the same weights, "
+            "few drafts will be accepted.",
+            DraftWarning,
+            stacklevel=2,
+        )
+
+
+def _hybrid(config: SpeculativeConfig, target: Target) -> tuple[Drafter, Any]:
+    assert config.prompt_lookup_min is not None and config.prompt_lookup_max is not None  # validated
+    drafter, weights = _head(config, target)
+    return hybrid(drafter, target.config.vocab_size, config.prompt_lookup_min, config.prompt_lookup_max), weights
 
 
 def draft_model_for(draft: Target, target: Target, config: SpeculativeConfig) -> tuple[Drafter, Any]:
@@ -95,4 +163,8 @@ def _first_differing_token(draft: Any, target: Any) -> str | None:
 METHODS: dict[str, Callable[[SpeculativeConfig, Target], tuple[Drafter, Any]]] = {
     "ngram": _ngram,
     "draft_model": _draft_model,
+    "eagle": _head,
+    "eagle3": _head,
+    "mtp": _head,
+    "hybrid": _hybrid,
 }

@@ -42,6 +42,4 @@ def widen(choice: Choice, token_of: jax.Array, vocab_size: int) -> Choice:
 
 def proposal_uniforms(sampling: SamplingState, length: jax.Array, num_speculative_tokens: int) -> jax.Array:
     """float32[B, G, 3], for drawing the drafts of the round that begins at these lengths."""
-    return uniforms_at(sampling.key, length, PROPOSE, 3 * num_speculative_tokens).reshape(
-        -1, num_speculative_tokens, 3
-    )
+    return uniforms_at(sampling.key, length, PROPOSE, 3 * num_speculative_tokens).reshape(-1, num_speculative_tokens, 3)

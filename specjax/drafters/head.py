@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from specjax import cache as kv
 from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal, chain
-from specjax.drafters.chain import choose, proposal_uniforms, widen
+from specjax.drafters.chain import Choice, choose, proposal_uniforms, widen
 from specjax.heads import network
 from specjax.heads.config import HeadConfig
 from specjax.target.decoder import attend_to_cache
@@ -29,8 +29,7 @@ class HeadWeights(NamedTuple):
     token_of: jax.Array | None = None
 
 
-@flax.struct.dataclass
-class HeadState:
+class HeadState(flax.struct.PyTreeNode):
     """Invariant: block b's cache holds positions [0, length - 1 - b), the pairs of a feature and a later token that are
     committed. The drafting of a round writes behind them, and what it wrote there is never read again.
 
@@ -106,7 +105,8 @@ def head(
 
     def propose(weights: HeadWeights, state: HeadState, context: Context) -> tuple[Proposal, HeadState]:
         uniforms = proposal_uniforms(context.sampling, context.length, G)
-        caches, hidden, choices = list(state.caches), state.hidden, []
+        caches, hidden = list(state.caches), state.hidden
+        choices: list[Choice] = []
         feature = state.recycled[0][:, None]
         for step in range(G):
             if step:
@@ -122,7 +122,9 @@ def head(
                     feature = jnp.concatenate([state.recycled[block][:, None], feature], axis=1)
             logits = network.logits(config, weights.head, weights.shared, hidden)
             choice = choose(logits, uniforms[:, step], context.sampling, sample)
-            choices.append(widen(choice, weights.token_of, layer.vocab_size) if config.reduced else choice)
+            if weights.token_of is not None:
+                choice = widen(choice, weights.token_of, layer.vocab_size)
+            choices.append(choice)
         tokens, probs, best = jax.tree.map(lambda *rows: jnp.stack(rows, axis=1), *choices)
         able = context.length >= 2  # a row of one token has no feature yet
         if max_model_len is not None:

@@ -184,7 +184,7 @@ def for_target(target: ModelConfig, method: HeadMethod, **fields: Any) -> HeadCo
     layer = dataclasses.replace(
         target, **own, num_layers=num_layers, sliding_windows=(None,) * num_layers, tied_head=False
     )
-    builders = {"eagle": eagle, "eagle3": eagle3, "mtp": mtp}
+    builders: dict[str, Any] = {"eagle": eagle, "eagle3": eagle3, "mtp": mtp}
     if method not in builders:
         raise ConfigError(f"method={method!r}: expected one of {tuple(builders)}, the heads that can be trained.")
     if method == "eagle3":
@@ -192,6 +192,7 @@ def for_target(target: ModelConfig, method: HeadMethod, **fields: Any) -> HeadCo
         fields["draft_vocab_size"] = fields.get("draft_vocab_size") or target.vocab_size
     fields = {name: value for name, value in fields.items() if value is not None}
     try:
-        return builders[method](layer, target.width, **fields)
+        head: HeadConfig = builders[method](layer, target.width, **fields)
     except TypeError as error:
         raise ConfigError(f"head: {error}; expected fields of specjax.heads.config.{method}.") from error
+    return head

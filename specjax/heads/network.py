@@ -181,7 +181,7 @@ def _init_boxed(config: HeadConfig, key: jax.Array, dtype: jnp.dtype) -> Params:
 
 def fuse(config: HeadConfig, params: Params, features: jax.Array) -> jax.Array:
     """The target's hidden states dtype[B, T, n, D_t] as the feature dtype[B, T, D] of step 0."""
-    fused: jax.Array = Head(config).apply({"params": params}, features, method="fuse")
+    fused: Any = Head(config).apply({"params": params}, features, method="fuse")
     return fused
 
 
@@ -204,7 +204,7 @@ def run(
         attends: how each of the block's layers attends.
         block: which one.
     """
-    output: HeadOutput = Head(config).apply(
+    output: Any = Head(config).apply(
         {"params": params}, shared, tokens, feature, positions, attends, block, method="run"
     )
     return output
@@ -212,5 +212,5 @@ def run(
 
 def logits(config: HeadConfig, params: Params, shared: Shared, hidden: jax.Array) -> jax.Array:
     """float32[..., draft_vocab_size] from dtype[..., D]."""
-    out: jax.Array = Head(config).apply({"params": params}, shared, hidden, method="logits")
+    out: Any = Head(config).apply({"params": params}, shared, hidden, method="logits")
     return out

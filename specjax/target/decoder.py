@@ -220,9 +220,10 @@ def apply(
         for keys, values, window in zip(cache.keys, cache.values, config.sliding_windows, strict=True)
     ]
     positions = start[:, None] + jnp.arange(tokens.shape[1])
-    logits, tapped, final, memories = Decoder(config, cache.keys[0].dtype).apply(
+    output: Any = Decoder(config, cache.keys[0].dtype).apply(
         {"params": params}, tokens, positions, attends, taps, with_logits
     )
+    logits, tapped, final, memories = output
     keys, values = zip(*memories, strict=True)
     return TargetOutput(logits, tapped, final, kv.KVCache(keys, values))
 
@@ -241,5 +242,6 @@ def forward(
     masks = [mask if window is None else mask & (distance < window) for window in config.sliding_windows]
     attends = [attend_within(mask) for mask in masks]
     dtype = params["embedding"].dtype
-    _, tapped, final, _ = Decoder(config, dtype).apply({"params": params}, tokens, positions, attends, taps, False)
+    output: Any = Decoder(config, dtype).apply({"params": params}, tokens, positions, attends, taps, False)
+    _, tapped, final, _ = output
     return tapped, final

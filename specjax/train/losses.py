@@ -1,4 +1,4 @@
-"""What heads are trained for: chains of drafts unrolled over true text, and how far their laws are from the target's."""
+"""What heads are trained for: chains of drafts unrolled over true text, and the distance of laws."""
 
 import dataclasses
 from typing import Any, Literal, NamedTuple
@@ -97,7 +97,7 @@ def loss_fn(
 
     memories: dict[int, list[list[Any]]] = {}
     losses, accuracies, acceptances = [], [], []
-    chain, survived = jnp.ones(batch.tokens.shape, bool), 0.0
+    chain, survived = jnp.ones(batch.tokens.shape, bool), jnp.zeros(())
     for step in range(num_unrolled):
         block, lap = step % config.num_blocks, step // config.num_blocks
         earlier = memories.setdefault(block, [[] for _ in range(config.layer.num_layers)])
@@ -127,7 +127,7 @@ def loss_fn(
         acceptances.append(_mean(acceptance * (label >= 0), counted))
     decays = settings.step_decay ** jnp.arange(num_unrolled)
     total = (jnp.stack(losses) * decays).sum() / decays.sum()
-    metrics = {
+    metrics: dict[str, jax.Array] = {
         "accuracy": jnp.stack(accuracies),
         "acceptance": jnp.stack(acceptances),
         "expected_acceptance_length": 1.0 + survived,

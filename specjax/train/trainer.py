@@ -365,7 +365,7 @@ class Trainer:
 
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
-        metrics = {"loss": value} | metrics | {"gradient_norm": optax.global_norm(gradients)}
+        metrics = {"loss": value} | metrics | {"gradient_norm": optax.tree.norm(gradients)}
         return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1), metrics
 
     def _with_features(self, batch: data.Batch, target_params: Any) -> data.Batch:

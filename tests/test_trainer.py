@@ -1,0 +1,226 @@
+"""Training runs of tiny heads: they learn, go on after a kill as if nothing had been, and refuse what can't be."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from specjax.cli import main
+from specjax.errors import ConfigError, SpecJAXError
+from specjax.train import features, trainer
+from specjax.train.responses import Response
+
+STEPS, LOG, CHECKPOINT = 12, 2, 4
+TIMES = ("tokens_per_second", "matmul_flops_per_second")
+
+CHILD = """
+import json, os, signal, sys
+import jax
+jax.config.update("jax_num_cpu_devices", int(sys.argv[3]))
+from ml_collections import ConfigDict
+from specjax.train import features, trainer
+features.FORWARD_TOKENS = 256
+
+def progress(done, total, description):
+    if description.startswith("loss") and done == int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+config = trainer.TrainConfig.from_config(ConfigDict(json.loads(sys.argv[1])))
+trainer.train(config, sys.argv[2], progress)
+"""
+
+
+@pytest.fixture(autouse=True)
+def small_forward_passes(monkeypatch):
+    monkeypatch.setattr(features, "FORWARD_TOKENS", 256)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny target and responses that a head can learn: counting up."""
+    folder = tmp_path_factory.mktemp("training")
+    tiny.write_directory(folder / "target", tiny.hf_config("llama-untied"))
+    random = np.random.RandomState(0)
+    with (folder / "responses.jsonl").open("w") as file:
+        for index in range(40):
+            first, num = random.randint(1, 40), random.randint(8, 24)
+            tokens = list(range(first, first + num))
+            response = Response(f"p{index}#0", "count", tokens[:4], tokens[4:], "length")
+            file.write(json.dumps(response._asdict()) + "\n")
+    return folder
+
+
+def fields(folder: Path, **changes) -> dict:
+    config = {
+        "target": str(folder / "target"),
+        "dtype": "float32",
+        "head": {"method": "eagle3", "taps": [0, 1, 2], "draft_vocab_size": 50},
+        "responses": str(folder / "responses.jsonl"),
+        "features_dir": str(folder / "features"),
+        "data": {"length": 32, "rows": 4, "held_out_every": 8},
+        "optimizer": {"learning_rate": 0.01, "warmup_steps": 2},
+        "steps": STEPS,
+        "unroll": [[0, 1], [6, 2]],
+        "log_every": LOG,
+        "checkpoint_every": CHECKPOINT,
+        "eval_every": CHECKPOINT,
+        "eval_batches": 2,
+    }
+    return config | changes
+
+
+def run(folder: Path, workdir: Path, **changes) -> dict:
+    return trainer.train(trainer.TrainConfig.from_config(ConfigDict(fields(folder, **changes))), workdir)
+
+
+def run_child(folder: Path, workdir: Path, num_devices: int = 1, killed_at: int = 0, **changes) -> int:
+    command = [sys.executable, "-c", CHILD, json.dumps(fields(folder, **changes)), str(workdir)]
+    done = subprocess.run([*command, str(num_devices), str(killed_at)], capture_output=True, text=True, timeout=300)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode
+
+
+def curve(workdir: Path) -> list[dict]:
+    """metrics.jsonl less what a clock measured."""
+    lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder):
+    """The workdir of a whole run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "FORWARD_TOKENS", 256)
+        run(folder, folder / "whole")
+    return folder / "whole"
+
+
+def test_a_run_learns_and_writes_its_head_logs_and_summary(uninterrupted):
+    lines = curve(uninterrupted)
+    assert [line["step"] for line in lines] == list(range(LOG, STEPS + 1, LOG))
+    assert [line["num_unrolled"] for line in lines] == [1, 1, 1, 2, 2, 2]
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    assert len(lines[-1]["accuracy"]) == 2
+    assert [line["step"] for line in lines if "validation" in line] == [4, 8, 12]
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    assert summary["steps"] == STEPS and summary["tokens"] == lines[-1]["tokens"] > 0
+    assert summary["tokens_per_second"] > 0 and summary["matmul_flops_per_second"] > 0
+    assert 0.5 < summary["coverage"] <= 1
+    assert summary["validation"]["loss"] == lines[-1]["validation"]["loss"]
+    kept = np.load(uninterrupted / "head" / "vocabulary.npy")
+    assert len(kept) == 50 and (np.diff(kept) > 0).all()
+    assert json.loads((uninterrupted / "head" / "head.json").read_text())["method"] == "eagle3"
+    assert list((uninterrupted / "tensorboard").iterdir())
+    assert {path.name for path in (uninterrupted / "checkpoints").iterdir()} == {"8", "12"}
+
+
+def test_a_killed_run_goes_on_to_the_same_curve_exactly(folder, uninterrupted, tmp_path):
+    assert run_child(folder, tmp_path, killed_at=6) == -signal.SIGKILL
+    assert [line["step"] for line in curve(tmp_path)] == [2, 4, 6]
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # a line that a kill tore
+    run(folder, tmp_path)
+    assert curve(tmp_path) == curve(uninterrupted)
+    kept = [np.load(path / "head" / "vocabulary.npy") for path in (tmp_path, uninterrupted)]
+    np.testing.assert_array_equal(*kept)
+
+
+def test_a_finished_run_trains_no_further(folder, uninterrupted):
+    before = curve(uninterrupted)
+    summary = run(folder, uninterrupted)
+    assert curve(uninterrupted) == before
+    assert summary["final"]["step"] == STEPS
+
+
+def test_two_devices_learn_what_one_learns(folder, uninterrupted, tmp_path):
+    assert run_child(folder, tmp_path, num_devices=2, mesh=2) == 0
+    found, expected = ([line["loss"] for line in curve(path)] for path in (tmp_path, uninterrupted))
+    np.testing.assert_allclose(found, expected, rtol=2e-3)  # sums in another order
+
+
+def test_features_computed_in_the_step_teach_what_cached_ones_teach(folder, tmp_path):
+    losses = []
+    for kind in ("cache", "on_the_fly"):
+        run(folder, tmp_path / kind, features=kind, steps=LOG, unroll=[[0, 1]])
+        losses.append(curve(tmp_path / kind)[-1]["loss"])
+    np.testing.assert_allclose(*losses, rtol=5e-3)  # the cache is bfloat16
+
+
+@pytest.mark.parametrize("head", [{"method": "eagle"}, {"method": "mtp"}])
+def test_heads_with_the_targets_vocabulary_train_too(folder, tmp_path, head):
+    loss = {"kind": "soft_ce", "feature_weight": 1.0}
+    run(folder, tmp_path, head=head, loss_vocab_size=40, loss=loss, steps=LOG, compute_dtype="bfloat16")
+    assert np.isfinite(curve(tmp_path)[-1]["loss"])
+    assert not (tmp_path / "head" / "vocabulary.npy").exists()
+
+
+def test_a_run_begins_with_the_weights_it_is_given(folder, uninterrupted, tmp_path):
+    run(folder, tmp_path / "on", init_from=str(uninterrupted / "head"), steps=LOG, unroll=[[0, 2]])
+    run(folder, tmp_path / "new", steps=LOG, unroll=[[0, 2]])
+    assert curve(tmp_path / "on")[0]["loss"] < curve(tmp_path / "new")[0]["loss"]
+    with pytest.raises(ConfigError, match="init_from='nowhere'"):
+        run(folder, tmp_path / "missing", init_from="nowhere")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(folder, tmp_path):
+    wild = {"learning_rate": 1e30, "warmup_steps": 0, "clip_norm": 1e30}
+    with pytest.raises(SpecJAXError, match=r"step=\d+: loss=.*learning_rate"):
+        run(folder, tmp_path, optimizer=wild)
+    assert all(np.isfinite(line["loss"]) for line in curve(tmp_path))
+    assert not (tmp_path / "head").exists()
+
+
+def test_a_workdir_of_another_training_is_refused(folder, uninterrupted):
+    with pytest.raises(SpecJAXError, match="seed=0"):
+        run(folder, uninterrupted, seed=5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"responses": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"responses": ""}, "responses=''"),
+        ({"data": {"rows": 400, "length": 32}}, "rows=400"),
+        ({"data": {"rows": 3}, "mesh": 2}, r"data.rows=3"),
+        ({"mesh": 64, "data": {"rows": 64}}, "mesh=64"),
+        ({"features": "none"}, "features='none'"),
+        ({"checkpoint_every": 5}, "checkpoint_every=5"),
+        ({"unroll": [[3, 1]]}, "unroll="),
+        ({"optimizer": {"schedule": "steps"}}, "optimizer.schedule='steps'"),
+        ({"optimizer": {"lr": 1}}, "optimizer.lr=1"),
+        ({"colour": 1}, "colour=1"),
+        ({"head": {"method": "eagle3", "taps": [0, 1, 3]}}, r"taps=\[0, 1, 2\]"),
+        ({"head": {"method": "eagle3", "taps": [0, 1, 2], "draft_vocab_size": 98}}, "draft_vocab_size"),
+        ({"compute_dtype": "int8"}, "compute_dtype='int8'"),
+    ],
+)
+def test_bad_input_is_refused_by_name(folder, uninterrupted, tmp_path, changes, named):
+    with pytest.raises(ConfigError, match=named):
+        run(folder, tmp_path, **changes)
+
+
+def test_the_train_command_trains_from_a_config_file(folder, tmp_path, capsys, monkeypatch):
+    # The test's own config file: the shipped ones name a target that a test has not got.
+    lines = f"from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({fields(folder)!r})\n"
+    (tmp_path / "config.py").write_text(lines)
+    arguments = ["train", f"--config={tmp_path / 'config.py'}"]
+    assert main([*arguments, f"--workdir={tmp_path / 'run'}", "--config.steps=2"]) == 0
+    assert "2 steps" in capsys.readouterr().out
+    assert main(arguments) == 2
+    assert "--workdir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["eagle3", "eagle", "mtp"])
+def test_shipped_configs_are_complete(name):
+    from importlib import import_module
+
+    config = import_module(f"specjax.configs.train_{name}_smollm2").get_config()
+    frozen = trainer.TrainConfig.from_config(config)
+    missing = {field for field in frozen.__dataclass_fields__} - set(config.keys())
+    assert frozen.head["method"] == name and not missing
