@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.target = "smollm2-135m-instruct"
     config.dtype = ""
     # A JSONL file of {"id", "category", "turns": [text, ...]}; every turn is answered.
-    config.prompts = "../shared/data/train_prompts.jsonl"
+    config.prompts = "built_in_training"
     # Use only so many prompts; 0 for all.
     config.num_prompts = 0
     # Of an answer.

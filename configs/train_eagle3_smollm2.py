@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     # As in respond_smollm2.py; prompts empty: no responses.
     config.respond = ConfigDict(
         {
-            "prompts": "../shared/data/train_prompts.jsonl",
+            "prompts": "built_in_training",
             "num_prompts": 0,
             "max_tokens": 256,
             "max_prompt_tokens": 600,

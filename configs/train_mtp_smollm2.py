@@ -1,4 +1,4 @@
-"""Trains an MTP head (DeepSeek wiring) for SmolLM2-135M-Instruct on the target's own answers.
+"""Trains an MTP head for SmolLM2-135M-Instruct on the target's own answers.
 
 Command:   specjax train --config=configs/train_mtp_smollm2.py --workdir=DIR
 Minutes:   measured later.
@@ -15,14 +15,14 @@ def get_config() -> ConfigDict:
     config.target = "smollm2-135m-instruct"
     # Of the frozen target: bfloat16 is faster also on CPUs with AMX, because nothing here decodes token by token.
     config.dtype = "bfloat16"
-    # Fields of specjax.heads.config.for_target.
-    config.head = ConfigDict({"method": "mtp", "wiring": "deepseek"})
+    # Fields of specjax.heads.config.for_target. This wiring and these layers are what the speculators package reads.
+    config.head = ConfigDict({"method": "mtp", "wiring": "qwen3_next", "qk_norm": True})
     # A file that `specjax respond` wrote; empty: written to DIR/responses.jsonl first, from respond below.
     config.responses = ""
     # As in respond_smollm2.py; prompts empty: no responses.
     config.respond = ConfigDict(
         {
-            "prompts": "../shared/data/train_prompts.jsonl",
+            "prompts": "built_in_training",
             "num_prompts": 0,
             "max_tokens": 256,
             "max_prompt_tokens": 600,

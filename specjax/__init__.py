@@ -6,7 +6,7 @@ width, L layers, N query heads, K KV heads, H head width, F MLP width.
 
 from specjax.checkpoints.load import Target, load_target
 from specjax.config import SamplingParams, SpeculativeConfig
-from specjax.errors import AssetError, CheckpointError, ConfigError, SpecJAXError
+from specjax.errors import AssetError, CheckpointError, ConfigError, DraftWarning, SpecJAXError
 from specjax.generate import GenerationResult, SpeculativeDecoder, StreamChunk
 from specjax.metrics import Metrics
 
@@ -16,6 +16,7 @@ __all__ = [
     "AssetError",
     "CheckpointError",
     "ConfigError",
+    "DraftWarning",
     "GenerationResult",
     "Metrics",
     "SamplingParams",

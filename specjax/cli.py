@@ -16,6 +16,7 @@ commands:
   benchmark  measure the project's speed claims      specjax benchmark --config=bench_smollm2 --workdir=DIR
   respond    answer training prompts                specjax respond --config=respond_smollm2 --workdir=DIR
   train      train a draft head                     specjax train --config=train_eagle3_smollm2 --workdir=DIR
+  export     write a head for other systems         specjax export --source=DIR --out=DIR
 
 A config is a Python file with get_config(); those that come with SpecJAX can be named without path and ending.
 specjax COMMAND --help lists the options of a command.
@@ -151,6 +152,41 @@ def run_train(arguments: list[str]) -> int:
     return 0
 
 
+EXPORT_OPTIONS = {
+    "source": "The workdir of a training, or a head's checkpoint. Required.",
+    "out": "The directory to write. Required.",
+    "target": "The model that the head drafts for. Known of trainings, else required.",
+    "num_speculative_tokens": "Drafts a round where its user names no number. Default: what the source says, or 4.",
+    "dtype": "Of the weights: bfloat16 (default), float16 or float32.",
+}
+
+
+def run_export(arguments: list[str]) -> int:
+    """Writes a head in the speculators format."""
+    import argparse
+
+    parser = argparse.ArgumentParser("specjax export", description=run_export.__doc__, allow_abbrev=False)
+    for name, about in EXPORT_OPTIONS.items():
+        parser.add_argument(f"--{name}", default="", help=about)
+    try:
+        options = vars(parser.parse_args(arguments))
+    except SystemExit as stopped:  # argparse has printed help, or what is wrong
+        return 0 if not stopped.code else FAILED
+    for name in ("source", "out"):
+        if not options[name]:
+            raise ConfigError(f"--{name}: is missing; see specjax export --help.")
+    number = options["num_speculative_tokens"] or "0"
+    if not number.isdecimal():
+        raise ConfigError(f"--num_speculative_tokens={number!r}: expected an integer >= 1.")
+    dtype = options["dtype"] or "bfloat16"
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise ConfigError(f"--dtype={dtype!r}: expected bfloat16, float16 or float32.")
+    from specjax.train.export import export
+
+    print(f"written to {export(options['source'], options['out'], options['target'], int(number), dtype)}")
+    return 0
+
+
 def _config_and_workdir(command: str, arguments: list[str], about: str) -> tuple[Any, str]:
     """The config and --workdir; (None, "") after --help.
 
@@ -251,6 +287,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "benchmark": run_benchmark,
     "respond": run_respond,
     "train": run_train,
+    "export": run_export,
 }
 
 if __name__ == "__main__":

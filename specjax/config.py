@@ -24,7 +24,7 @@ from specjax.errors import ConfigError
 
 Method = Literal["ngram", "draft_model", "eagle", "eagle3", "mtp", "hybrid"]
 
-HEAD_METHODS = ("eagle", "eagle3", "mtp")
+HEAD_METHODS: tuple[Method, ...] = ("eagle3", "eagle", "mtp")
 """Methods whose drafter reads the target's hidden states."""
 RejectionSamplingStrategy = Literal[
     "greedy",
@@ -156,20 +156,18 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 
 def method_of(model: str) -> Method:
-    """The method of a draft checkpoint: by its config.json, or where it has none to look at by its name."""
+    """The method of a draft checkpoint: what its config.json says, or where there is none yet, its name."""
     for folder in (Path(model), Path(__file__).parent / "pretrained" / model):
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        kind = str(config.get("speculators_model_type", "")) if isinstance(config, dict) else ""
+        kind = config.get("speculators_model_type") if isinstance(config, dict) else None
         if kind in HEAD_METHODS:
-            return kind  # type: ignore
-        model = " ".join([str(config.get("architectures")), model if "draft_vocab_size" in config else ""])
-        if "draft_vocab_size" in config and "eagle" not in model.lower():
+            return kind
+        if "draft_vocab_size" in config:
             return "eagle3"
-    name = model.lower()
-    return next((method for method in ("eagle3", "eagle", "mtp") if method in name), "draft_model")  # type: ignore
+    return next((method for method in HEAD_METHODS if method in model.lower()), "draft_model")
 
 
 class _Settings(pydantic.BaseModel):

@@ -15,3 +15,7 @@ class ConfigError(SpecJAXError):
 
 class AssetError(SpecJAXError):
     """A named model could not be found, downloaded or verified."""
+
+
+class DraftWarning(UserWarning):
+    """The drafter works, but probably not as it was meant to."""

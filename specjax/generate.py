@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from specjax.checkpoints.pretrained import cache_dir
 from specjax.config import SamplingParams, SpeculativeConfig
 from specjax.drafters import build_drafter, draft_model_for
 from specjax.drafters.base import Drafter, Features
-from specjax.errors import ConfigError, SpecJAXError
+from specjax.errors import ConfigError, DraftWarning, SpecJAXError
 from specjax.metrics import Metrics
 from specjax.sampling import Adjustment, SamplingState, ThinkingPhase
 from specjax.step import ERROR, LENGTH, PAD, RUNNING, STOP, DecodeState, Params, System, speculative_step
@@ -33,6 +34,9 @@ STREAM_ROUNDS = 4
 """Rounds between two looks at the device while streaming or looking for stop strings."""
 
 FINISH_REASONS = {STOP: "stop", LENGTH: "length", ERROR: "error"}
+MANY_DRAFTS, HARDLY_ANY = 400, 0.03
+"""After so many drafts, fewer than so many accepted a round mean that something is wrong with the drafter."""
+
 PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 STOP_TOKENS_MULTIPLE = 8
 """The stop token table is padded to a multiple of this, so that its size does not cause a compilation."""
@@ -327,6 +331,7 @@ class SpeculativeDecoder:
             outputs += batch.outputs()
             metrics = batch.metrics() if metrics is None else metrics + batch.metrics()
         assert metrics is not None  # requests are never empty
+        self._warn_if_nothing_is_accepted(metrics)
         return _result(outputs, metrics, RULES[self.rule_name].lossless)
 
     def stream(
@@ -345,6 +350,22 @@ class SpeculativeDecoder:
                 f"prompts: {len(requests)} to stream; expected at most max_batch_size={self.max_batch_size}."
             )
         return Stream(_Batch(self, requests, min_capacity=0), RULES[self.rule_name].lossless)
+
+    def _warn_if_nothing_is_accepted(self, metrics: Metrics) -> None:
+        """Says what to check where a head or draft model was of no use."""
+        if self.config is None or self.config.method == "ngram" or metrics.drafted < MANY_DRAFTS:
+            return
+        if metrics.acceptance_length < 1.0 + HARDLY_ANY:
+            warnings.warn(
+                f"acceptance_length={metrics.acceptance_length:.2f}: of {metrics.drafted} drafts hardly any was "
+                f"accepted, so speculation costs time. Check that the {self.config.method} drafter was made for "
+                f"{self.target.name} (same weights, same tokenizer), that its config.json names the layers it was "
+                "trained on in the right convention (state entering a layer, not leaving it) and its "
+                "norm_before_residual, that prompts go through the chat template it was trained with (chat=True), and "
+                "that the rule is lossless.",
+                DraftWarning,
+                stacklevel=3,
+            )
 
     def requests(
         self,

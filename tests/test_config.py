@@ -1,6 +1,7 @@
 """Settings: every field, every refusal, every other name, and where values come from."""
 
 import doctest
+import json
 import math
 import re
 from typing import get_args
@@ -556,13 +557,44 @@ def test_what_is_not_in_this_version_is_refused_with_its_feature(entry):
 
 
 @pytest.mark.parametrize("method", ["deepseek_mtp", "qwen3_next_mtp"])
-def test_old_names_of_mtp_are_refused_like_mtp(method):
-    assert NOT_YET["method=mtp"] in refusal(SpeculativeConfig, method=method)
+def test_old_names_of_mtp_mean_mtp(method):
+    with pytest.warns(UserWarning, match="old name of 'mtp'"):
+        assert SpeculativeConfig(method=method).method == "mtp"
 
 
 def test_absent_methods_are_refused_with_those_that_exist():
-    message = refusal(SpeculativeConfig, method="eagle3", model="head")
-    assert "'ngram' or 'draft_model'" in message
+    message = refusal(SpeculativeConfig, method="medusa", model="head")
+    assert "'ngram', 'draft_model', 'eagle'" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({"speculators_model_type": "eagle3"}, "eagle3"),
+        ({"speculators_model_type": "mtp"}, "mtp"),
+        ({"speculators_model_type": "eagle"}, "eagle"),
+        ({"architectures": ["LlamaForCausalLM"], "draft_vocab_size": 32000}, "eagle3"),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "draft_model"),
+    ],
+)
+def test_the_method_is_that_of_the_checkpoint(config, method, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert SpeculativeConfig(model=str(tmp_path)).method == method
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("org/EAGLE3-LLaMA3.1", "eagle3"), ("org/Eagle-vicuna", "eagle"), ("org/small", "draft_model")]
+)
+def test_the_method_of_a_checkpoint_that_is_not_here_is_told_by_its_name(name, method):
+    assert SpeculativeConfig(model=name).method == method
+
+
+def test_heads_are_judged_by_what_the_target_draws():
+    for method in ("eagle", "eagle3", "mtp"):
+        config = SpeculativeConfig(method=method)
+        assert config.rejection_sampling_strategy == "typical-acceptance" and config.draft_sample_method == "greedy"
+    hybrid = SpeculativeConfig(method="hybrid", prompt_lookup_min=3)
+    assert hybrid.rejection_sampling_strategy == "residual" and hybrid.prompt_lookup_max == 3
 
 
 def test_tensor_parallel_size_is_refused_with_the_right_field():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from laws import RowParams, joint, truncated
+from laws import EDGE, RowParams, block_cells, evaluated, joint, matching_cells, residual_cells, truncated
 from test_sampling import state_of
 
 from specjax import step, verify
@@ -16,8 +16,6 @@ from specjax.target.decoder import TargetOutput
 from specjax.verify import Uniforms
 
 TOP = float(np.nextafter(np.float32(1), np.float32(0)))
-EDGE = 1e-5
-"""How close to the ends of an interval of uniforms the rule is evaluated; also the error of an integrated law."""
 
 
 def uniforms(accept, second):
@@ -189,54 +187,6 @@ def given_drafts(probs):
     )
 
 
-EVERYWHERE = (0.0, 1.0)
-
-
-def drawn(weights):
-    """Each token and the interval of uniforms that draws it."""
-    marks = np.concatenate([[0], np.cumsum(weights) / weights.sum()])
-    return [(token, (marks[token], marks[token + 1])) for token in range(VOCAB) if weights[token] > 1e-9]
-
-
-def residual_cells(target, draft, drafts):
-    """Boxes of coins and drawing uniforms on which the rule is constant, from its formulas in float64."""
-    limits = [min(1.0, p[d] / q[d]) for p, q, d in zip(target, draft, drafts, strict=False)]
-    for n in range(DRAFTS + 1):
-        coins = [(0.0, limit) for limit in limits[:n]]
-        coins += [(limits[n], 1.0)] if n < DRAFTS else []
-        coins += [EVERYWHERE] * (DRAFTS - len(coins))
-        if all(high - low > 1e-12 for low, high in coins):
-            for _, interval in drawn(np.maximum(target[n] - draft[n], 0)):
-                yield coins, [interval] * (DRAFTS + 1)
-
-
-def matching_cells(target, draft, drafts):
-    for n in range(DRAFTS + 1):
-        intervals = [dict(drawn(target[i])) for i in range(n + 1)]
-        if any(drafts[i] not in intervals[i] for i in range(n)):
-            return
-        for token, interval in intervals[n].items():
-            if n == DRAFTS or token != drafts[n]:
-                before = [intervals[i][drafts[i]] for i in range(n)]
-                yield [EVERYWHERE] * DRAFTS, [*before, interval, *[EVERYWHERE] * (DRAFTS - n)]
-
-
-def block_cells(target, draft, drafts):
-    scales = [1.0]
-    for p, q, d in zip(target, draft, drafts, strict=False):
-        scales.append(min(1.0, scales[-1] * p[d] / q[d]))
-    rests = [np.maximum(scale * p - q, 0) for scale, p, q in zip(scales, target, draft, strict=True)]
-    limits = [
-        1.0 if scale == 1 else rest.sum() / (rest.sum() + 1 - scale) for scale, rest in zip(scales, rests, strict=True)
-    ]
-    for passes in itertools.product((True, False), repeat=DRAFTS):
-        coins = [(0.0, h) if yes else (h, 1.0) for yes, h in zip(passes, limits[1:], strict=True)]
-        if all(high - low > 1e-12 for low, high in coins):
-            n = max([0, *(i + 1 for i, yes in enumerate(passes) if yes)])
-            for _, interval in drawn(rests[n] if rests[n].sum() > 1e-9 else target[n]):
-                yield coins, [interval] * (DRAFTS + 1)
-
-
 CELLS = {verify.residual: residual_cells, verify.token_matching: matching_cells, verify.block: block_cells}
 
 
@@ -260,19 +210,6 @@ def one_round_cells(rule, tables, draft_tables, params, position, token, sampled
             used = draws if rule is verify.token_matching else draws[:1]
             volume = np.prod([high - low for low, high in [*coins, *used]])
             yield drafts, coins, draws, weight * volume
-
-
-def evaluated(cells, side):
-    """Uniforms next to one end of each box."""
-
-    def near(low, high):
-        margin = min(EDGE, (high - low) / 4)
-        return low + margin if side == 0 else high - margin
-
-    accept = np.array([[near(*coin) for coin in coins] for _, coins, _, _ in cells], np.float32)
-    recover = np.zeros((len(cells), DRAFTS + 1, 3), np.float32)
-    recover[:, :, 2] = [[near(*interval) for interval in draws] for _, _, draws, _ in cells]
-    return Uniforms(jnp.asarray(accept), jnp.asarray(recover))
 
 
 @pytest.mark.exact
@@ -320,7 +257,8 @@ def test_the_joint_law_of_the_next_three_tokens_is_the_targets(rule, sampled, si
         num_drafted=jnp.zeros(rows, jnp.int32),
         acceptance_counts=jnp.zeros((rows, DRAFTS + 1), jnp.int32),
     )
-    monkeypatch.setattr(step, "round_uniforms", lambda *_: evaluated(cells, side))
+    given = Uniforms(*map(jnp.asarray, evaluated([cell[1:3] for cell in cells], side)))
+    monkeypatch.setattr(step, "round_uniforms", lambda *_: given)
     system = step.System(table_target(tables), given_drafts(probs), rule)
     after = jax.jit(lambda state: step.speculative_step(system, step.Params((), ()), state))(state)
     texts, begins, ends = (np.asarray(x) for x in (after.tokens, state.length, after.length))

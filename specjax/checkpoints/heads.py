@@ -235,7 +235,7 @@ def read_head(
         vocabulary = _read_vocabulary(tensors, head)
         tensors.check_all_taken(IGNORED + _foreign(names, dialect, target_config.num_layers))
     hf.check_layout(params, network.param_shapes(head, dtype))
-    return LoadedHead(head, params, speculator, vocabulary, _num_speculative_tokens(config, speculator))
+    return LoadedHead(head, params, speculator, vocabulary, _num_speculative_tokens(speculator))
 
 
 def _foreign(names: Sequence[str], dialect: Names, num_layers: int) -> tuple[str, ...]:
@@ -487,11 +487,10 @@ def _read_vocabulary(tensors: hf.Tensors, head: HeadConfig) -> np.ndarray | None
     return ids.astype(np.int32) if head.reduced else None
 
 
-def _num_speculative_tokens(config: Mapping[str, Any], speculator: SpeculatorModelConfig | None) -> int | None:
-    if speculator is not None:
-        methods = speculator.speculators_config.proposal_methods if speculator.speculators_config else []
-        return next((method.speculative_tokens for method in methods if hasattr(method, "speculative_tokens")), None)
-    return None
+def _num_speculative_tokens(speculator: SpeculatorModelConfig | None) -> int | None:
+    details = speculator.speculators_config if speculator else None
+    methods = details.proposal_methods if details else []
+    return next((method.speculative_tokens for method in methods if hasattr(method, "speculative_tokens")), None)
 
 
 @contextlib.contextmanager

@@ -15,12 +15,12 @@ from specjax.checkpoints.load import Target, load_target
 from specjax.config import SpeculativeConfig
 from specjax.drafters.base import Drafter
 from specjax.drafters.draft_model import draft_model
-from specjax.drafters.fit import DraftWarning, check_fit, check_shapes
+from specjax.drafters.fit import check_fit, check_shapes
 from specjax.drafters.head import HeadWeights, head
 from specjax.drafters.hybrid import hybrid
 from specjax.drafters.ngram import ngram
 from specjax.drafters.plain import plain
-from specjax.errors import AssetError, ConfigError
+from specjax.errors import AssetError, ConfigError, DraftWarning
 from specjax.heads.network import Shared
 
 
@@ -43,6 +43,12 @@ def _ngram(config: SpeculativeConfig, target: Target) -> tuple[Drafter, Any]:
 def _draft_model(config: SpeculativeConfig, target: Target) -> tuple[Drafter, Any]:
     draft = target
     if config.model is not None:
+        method = detect_method(pretrained.resolve(config.model, config.revision))
+        if method != "draft_model":
+            raise ConfigError(
+                f"SpeculativeConfig.method='draft_model': {config.model} is for method={method!r}; set that, or give "
+                "a language model."
+            )
         draft = load_target(config.model, dtype=target.dtype, revision=config.revision)
     return draft_model_for(draft, target, config)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from specjax.checkpoints.load import Target
 from specjax.drafters.head import HeadWeights
-from specjax.errors import CheckpointError
+from specjax.errors import CheckpointError, DraftWarning
 from specjax.heads import network
 from specjax.heads.config import HeadConfig
 from specjax.target import decoder
@@ -34,10 +34,6 @@ LEAST_ACCURACY = 0.05
 
 CLEARLY_BETTER = 1.25
 """A wiring that is accepted so many times more often than the one the checkpoint names is probably the right one."""
-
-
-class DraftWarning(UserWarning):
-    """The drafter works, but probably not as it was meant to."""
 
 
 def check_shapes(config: HeadConfig, target: Target, name: str) -> None:

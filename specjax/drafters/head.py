@@ -88,7 +88,9 @@ def head(
                 feature = jnp.concatenate([state.recycled[block - 1][:, None], feature], axis=1)
             start = jnp.maximum(features.start - block, 0)
             skipped = start - (features.start - block)
-            window = jnp.arange(feature.shape[1])
+            # What a prompt's first window was moved by falls off its end, so it never outgrows the cache.
+            window = jnp.arange(min(feature.shape[1], state.caches[block].capacity))
+            before = jnp.arange(feature.shape[1]) - skipped[:, None]
             feature = _take(feature, skipped[:, None] + window)
             ahead = jnp.minimum(start[:, None] + window + 1 + block, context.tokens.shape[1] - 1)
             tokens = jnp.maximum(jnp.take_along_axis(context.tokens, ahead, axis=1), 0)
@@ -100,7 +102,7 @@ def head(
             recycled.append(jnp.where(fresh, _take(out.recycled, last)[:, 0], state.recycled[block]))
             caches.append(cache.keep(start, jnp.maximum(last[:, 0] + 1, 0)))
             # The next block reads this one's outputs by position, not by slot of a window that was moved.
-            feature = _take(out.recycled, jnp.maximum(window - skipped[:, None], 0))
+            feature = _take(out.recycled, jnp.maximum(before, 0))
         return HeadState(tuple(caches), hidden, tuple(recycled))
 
     def propose(weights: HeadWeights, state: HeadState, context: Context) -> tuple[Proposal, HeadState]:
@@ -126,7 +128,7 @@ def head(
                 choice = widen(choice, weights.token_of, layer.vocab_size)
             choices.append(choice)
         tokens, probs, best = jax.tree.map(lambda *rows: jnp.stack(rows, axis=1), *choices)
-        able = context.length >= 2  # a row of one token has no feature yet
+        able = context.length >= max(2, num_blocks)  # the last block's pairs begin num_blocks tokens back
         if max_model_len is not None:
             able &= context.length + G <= max_model_len
         proposal = Proposal(jnp.where(able[:, None], tokens, NO_DRAFT), probs, best)

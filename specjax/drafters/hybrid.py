@@ -16,7 +16,7 @@ def hybrid(other: Drafter, vocab_size: int, prompt_lookup_min: int, prompt_looku
     still learns what is committed.
 
     Args:
-        other: drafts in chains.
+        other: drafts in chains, from a second token on, and learns by observing, not by drafting: a head.
         prompt_lookup_min, prompt_lookup_max: suffix lengths in tokens, as in ngram.
     """
     G = other.num_speculative_tokens
@@ -24,6 +24,8 @@ def hybrid(other: Drafter, vocab_size: int, prompt_lookup_min: int, prompt_looku
     def propose(params, state, context: Context):
         copies = lookup(context.tokens, context.length, G, prompt_lookup_min, prompt_lookup_max)
         copied = copies[:, 0] != NO_DRAFT
+        # A row of one token, such as those that fill up a batch, has no drafts from anybody.
+        unneeded = (copied | (context.length < 2)).all()
 
         def draft(carry):
             _, state = carry
@@ -32,7 +34,7 @@ def hybrid(other: Drafter, vocab_size: int, prompt_lookup_min: int, prompt_looku
 
         nothing, _ = jax.eval_shape(draft, (None, state))
         empty = jax.tree.map(lambda x: jnp.full(x.shape, NO_DRAFT, x.dtype), nothing)
-        drafts, state = switch_in_place(copied.all().astype(jnp.int32), (draft, lambda carry: carry), (empty, state))
+        drafts, state = switch_in_place(unneeded.astype(jnp.int32), (draft, lambda carry: carry), (empty, state))
         tokens = jnp.where(copied[:, None], copies, drafts.tokens)
         if drafts.probs is None:
             return Proposal(tokens), state

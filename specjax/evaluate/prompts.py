@@ -9,6 +9,12 @@ from specjax.errors import SpecJAXError
 
 BUILT_IN = "built_in"
 
+SETS = {
+    BUILT_IN: ("specjax.evaluate", "prompts/built_in.jsonl"),
+    "built_in_training": ("specjax.train", "prompts/training.jsonl"),
+}
+"""Prompts that come with SpecJAX: to evaluate on, and to train on. They have nothing in common."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
@@ -31,20 +37,21 @@ class Prompt:
 
 
 def load_prompts(name_or_path: str, num_prompts: int = 0) -> list[Prompt]:
-    """The built-in set, or a file of {"id", "category", "turns": [text, ...]} lines; num_prompts 0 takes all.
+    """A built-in set, or a file of {"id", "category", "turns": [text, ...]} lines; num_prompts 0 takes all.
 
     Raises:
         SpecJAXError: no such file, or a line that isn't such an object; names the line.
     """
     if num_prompts < 0:
         raise SpecJAXError(f"num_prompts={num_prompts}: expected 0 (all) or a positive number.")
-    if name_or_path == BUILT_IN:
-        text = resources.files("specjax.evaluate").joinpath("prompts/built_in.jsonl").read_text(encoding="utf-8")
+    if name_or_path in SETS:
+        package, name = SETS[name_or_path]
+        text = resources.files(package).joinpath(name).read_text(encoding="utf-8")
     else:
         path = Path(name_or_path)
         if not path.is_file():
             raise SpecJAXError(
-                f"prompts={name_or_path!r}: is no file; expected {BUILT_IN!r} or the path of a JSONL file."
+                f"prompts={name_or_path!r}: is no file; expected one of {tuple(SETS)} or the path of a JSONL file."
             )
         try:
             text = path.read_text(encoding="utf-8")

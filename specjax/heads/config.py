@@ -165,24 +165,40 @@ def mtp(
 
 
 def default_taps(num_layers: int) -> tuple[int, int, int]:
-    """The layers that EAGLE-3 heads read where a checkpoint names none: an early, the middle and a late one."""
-    return 2, num_layers // 2, num_layers - 3
+    """The layers that EAGLE-3 heads read where a checkpoint names none: an early, the middle and a late one.
+
+    Raises:
+        ConfigError: the target has too few layers for three different ones.
+    """
+    taps = 2, num_layers // 2, num_layers - 3
+    if not 0 < taps[0] < taps[1] < taps[2]:
+        raise ConfigError(f"head.taps: the target has {num_layers} layers; expected at least 8, or taps of your own.")
+    return taps
 
 
 def for_target(target: ModelConfig, method: HeadMethod, **fields: Any) -> HeadConfig:
     """A head to train for a target: layers like the target's, one of them, unless fields say otherwise.
 
     Args:
-        fields: of the method's function in this module; and num_layers, mlp_width, num_heads, num_kv_heads of the
-            head's own layers. An empty or absent `taps` means default_taps.
+        fields: of the method's function in this module; and num_layers, mlp_width, num_heads, num_kv_heads and
+            qk_norm of the head's own layers, which have no biases. An empty or absent `taps` means default_taps.
 
     Raises:
         ConfigError: a field that the method does not have.
     """
     own = {name: fields.pop(name) for name in ("mlp_width", "num_heads", "num_kv_heads") if fields.get(name)}
+    if "qk_norm" in fields:
+        own["qk_norm"] = fields.pop("qk_norm")
     num_layers = fields.pop("num_layers", 1) or 1
     layer = dataclasses.replace(
-        target, **own, num_layers=num_layers, sliding_windows=(None,) * num_layers, tied_head=False
+        target,
+        **own,
+        num_layers=num_layers,
+        sliding_windows=(None,) * num_layers,
+        tied_head=False,
+        qkv_bias=False,
+        out_bias=False,
+        mlp_bias=False,
     )
     builders: dict[str, Any] = {"eagle": eagle, "eagle3": eagle3, "mtp": mtp}
     if method not in builders:

@@ -56,7 +56,7 @@ class Decoder(nn.Module):
     ) -> tuple[Any, tuple[jax.Array, ...], jax.Array, list[Any]]:
         """Logits or None, the taps, the final hidden states, and what each layer's attention remembers."""
         c = self.config
-        x = weight(self, "embedding", (c.vocab_size, c.width), ("vocab", "width"))[tokens]
+        x = weight(self, "embedding", (c.vocab_size, c.width), ("vocab", "width"))[tokens].astype(self.dtype)
         cos_sin = layers.rope(c, positions)
         tapped = {}
         memories = []
@@ -229,7 +229,13 @@ def apply(
 
 
 def forward(
-    config: ModelConfig, params: Params, tokens: jax.Array, positions: jax.Array, mask: jax.Array, taps: tuple[int, ...]
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    taps: tuple[int, ...],
+    dtype: Any = None,
 ) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """Taps and final hidden states, dtype[B, T, D] each, of whole sequences, without a cache.
 
@@ -237,11 +243,11 @@ def forward(
         tokens, positions: int32[B, T].
         mask: bool[B, T, T], which tokens (last axis) a token may attend to; sliding windows narrow it further.
         taps: as in apply.
+        dtype: of activations; None for the weights'.
     """
     distance = positions[:, :, None] - positions[:, None, :]
     masks = [mask if window is None else mask & (distance < window) for window in config.sliding_windows]
     attends = [attend_within(mask) for mask in masks]
-    dtype = params["embedding"].dtype
-    output: Any = Decoder(config, dtype).apply({"params": params}, tokens, positions, attends, taps, False)
+    output: Any = Decoder(config, dtype or params["embedding"].dtype).apply({"params": params}, tokens, positions, attends, taps, False)
     _, tapped, final, _ = output
     return tapped, final

@@ -17,7 +17,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """x / rms(x) * scale over the last axis, computed in float32 (1910.07467)."""
     wide = x.astype(jnp.float32)
     normalised = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return normalised.astype(x.dtype) * scale
+    return normalised.astype(x.dtype) * scale.astype(x.dtype)
 
 
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -27,27 +27,29 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Activations [..., I] times a kernel [I, *O], in float32.
+    """Activations [..., I] times a kernel [I, *O], multiplied in the kernel's dtype and summed in float32.
 
-    Its gradient rounds what comes back to the activations' dtype, so that all three products of a training step run
-    where the hardware multiplies that dtype (XLA on CPU uses its matrix unit, AMX, for bfloat16 with float32 results).
+    Its gradient does the same, so that all three products of a training step run where the hardware multiplies that
+    dtype (XLA on CPU uses its matrix unit, AMX, for bfloat16 with float32 results).
     """
-    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    return _dot(x.astype(kernel.dtype), kernel, (x.ndim - 1,), (0,))
 
 
-def _project_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return project(x, kernel), (x, kernel)
+def _dot(x: jax.Array, y: jax.Array, over_x: tuple[int, ...], over_y: tuple[int, ...]) -> jax.Array:
+    return jax.lax.dot_general(x, y, ((over_x, over_y), ((), ())), preferred_element_type=jnp.float32)
 
 
-def _project_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    gradient = gradient.astype(x.dtype)
-    lead, out = x.ndim - 1, kernel.ndim - 1
-    over_outputs = tuple(range(lead, lead + out)), tuple(range(1, 1 + out))
-    over_tokens = tuple(range(lead)), tuple(range(lead))
-    dx = jax.lax.dot_general(gradient, kernel, (over_outputs, ((), ())), preferred_element_type=jnp.float32)
-    dk = jax.lax.dot_general(x, gradient, (over_tokens, ((), ())), preferred_element_type=jnp.float32)
-    return dx.astype(x.dtype), dk.astype(kernel.dtype)
+def _project_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    return project(x, kernel), (x.astype(kernel.dtype), kernel, jnp.zeros((), x.dtype))
+
+
+def _project_backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel, like = saved
+    gradient = gradient.astype(kernel.dtype)
+    lead = x.ndim - 1
+    dx = _dot(gradient, kernel, tuple(range(lead, gradient.ndim)), tuple(range(1, kernel.ndim)))
+    dk = _dot(x, gradient, tuple(range(lead)), tuple(range(lead)))
+    return dx.astype(like.dtype), dk.astype(kernel.dtype)
 
 
 project.defvjp(_project_forward, _project_backward)

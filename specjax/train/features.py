@@ -19,6 +19,7 @@ from specjax.checkpoints.load import Target
 from specjax.errors import ConfigError
 from specjax.target import decoder
 from specjax.target.families import ModelConfig
+from specjax.target.layers import project
 from specjax.train.responses import Response
 
 BUCKETS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -52,12 +53,12 @@ def target_features(
         taps: as in decoder.apply.
 
     Returns:
-        taps dtype[B, T, n, D]; the states after the final norm dtype[B, T, D]; the most probable next tokens
+        taps float32[B, T, n, D]; the states after the final norm float32[B, T, D]; the most probable next tokens
         int32[B, T].
     """
     T = tokens.shape[1]
     mask = (segments[:, :, None] == segments[:, None, :]) & jnp.tril(jnp.ones((T, T), bool))
-    tapped, final = decoder.forward(config, params, tokens, positions, mask, taps)
+    tapped, final = decoder.forward(config, params, tokens, positions, mask, taps, jnp.float32)
     stacked = jnp.stack(tapped, axis=2) if tapped else jnp.zeros((*tokens.shape, 0, config.width), final.dtype)
     return stacked, final, _best_tokens(params["head"], final)
 
@@ -69,7 +70,7 @@ def _best_tokens(head: jax.Array, final: jax.Array) -> jax.Array:
     padded = jnp.pad(flat, ((0, -len(flat) % chunk), (0, 0))).reshape(-1, chunk, flat.shape[-1])
 
     def best(states: jax.Array) -> jax.Array:
-        return jnp.argmax(jnp.matmul(states, head, preferred_element_type=jnp.float32), axis=-1).astype(jnp.int32)
+        return jnp.argmax(project(states, head), axis=-1).astype(jnp.int32)
 
     return jax.lax.map(best, padded).reshape(-1)[: len(flat)].reshape(final.shape[:-1])
 

@@ -23,6 +23,7 @@ from specjax.checkpoints.load import Target, load_target
 from specjax.errors import ConfigError, SpecJAXError
 from specjax.evaluate.prompts import load_prompts
 from specjax.evaluate.run import device_name, plain_dict, prepare_workdir, write_json, write_text
+from specjax.generate import enable_compilation_cache
 from specjax.heads import network
 from specjax.heads.config import HeadConfig, for_target
 from specjax.train import data, features, losses, responses
@@ -226,6 +227,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], progress: Any = 
     workdir = Path(workdir).absolute()
     prepare_workdir(workdir)
     _check_same_run(workdir / "config.json", config)
+    enable_compilation_cache()
     target = load_target(config.target, dtype=config.dtype or None)
     head_config = for_target(target.config, **config.head)
     found = _training_responses(config, target, workdir, progress)
@@ -240,6 +242,9 @@ class Trainer:
     def __init__(self, config: TrainConfig, workdir: Path, target: Target, head_config: HeadConfig, store: data.Store):
         if config.mesh > len(jax.devices()):
             raise ConfigError(f"mesh={config.mesh}: expected at most {len(jax.devices())}, the devices there are.")
+        size, vocab_size = head_config.draft_vocab_size, target.config.vocab_size
+        if not 1 <= size <= vocab_size:
+            raise ConfigError(f"head.draft_vocab_size={size}: expected 1 to {vocab_size}, the target's vocabulary.")
         self.config, self.workdir, self.head_config = config, workdir, head_config
         trained, held_out = data.split(store.names, config.data.held_out_every)
         counts = data.count_tokens(store, trained, target.config.vocab_size)
@@ -247,7 +252,7 @@ class Trainer:
             raise ConfigError("responses: hold no token to learn from; expected answers of the target.")
         size = head_config.draft_vocab_size if head_config.reduced else config.loss_vocab_size
         self.vocabulary = data.choose_vocabulary(counts, size) if size else None
-        self.facts = {"sequences": len(trained), "sequence_tokens": int(store.lengths[trained].sum())}
+        self.facts: dict[str, float] = {"sequences": len(trained), "sequence_tokens": int(store.lengths[trained].sum())}
         if self.vocabulary is not None:
             unseen = data.count_tokens(store, held_out, target.config.vocab_size)
             self.facts["coverage"] = data.coverage(self.vocabulary, counts)
@@ -269,7 +274,8 @@ class Trainer:
         self.target_config = target.config
         self.programs: dict[int, Any] = {}
         self.flops: dict[int, float] = {}
-        self.num_tokens, self.seconds = 0, 0.0
+        self.num_tokens = 0
+        self.seconds = 0.0
 
     def run(self, progress: Any = None) -> dict[str, Any]:
         """Trains to the last step and writes the head and the summary."""
@@ -374,7 +380,9 @@ class Trainer:
                 self.target_config, target_params, batch.tokens, batch.positions, batch.segments, self.head_config.taps
             )
             batch = batch._replace(best=best, final=final, taps=taps if self.head_config.taps else None)
-        return batch._replace(final=self._to_compute(batch.final), taps=self._to_compute(batch.taps))
+        # Activations stay float32: products round them to the weights' dtype, the rest of the step does not.
+        wide = functools.partial(jax.tree.map, lambda x: x.astype(jnp.float32))
+        return batch._replace(final=wide(batch.final), taps=wide(batch.taps))
 
     def _to_compute(self, arrays: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(self.compute_dtype), arrays)

@@ -1,0 +1,84 @@
+"""A trained head, or one of another dialect, as a directory of the speculators format."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from specjax.checkpoints import hf, pretrained
+from specjax.checkpoints.heads import read_head, write_head
+from specjax.checkpoints.load import load_target
+from specjax.errors import ConfigError
+from specjax.heads import network
+from specjax.heads.config import HeadConfig
+from specjax.target.families import ModelConfig, RopeScaling
+from specjax.train.trainer import restore_params
+
+
+def export(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    target: str = "",
+    num_speculative_tokens: int = 0,
+    dtype: str = "bfloat16",
+) -> Path:
+    """Writes a head where SpecJAX, vLLM and the speculators package can load it.
+
+    Args:
+        source: the workdir of a training or its head/ folder, or a checkpoint that SpecJAX reads.
+        out: the directory to be made.
+        target: name of the target; needed for checkpoints, and known of trainings.
+        num_speculative_tokens: to draft with where a user names no number; 0 for what the source says, or 4.
+        dtype: of the weights in the file.
+
+    Raises:
+        ConfigError: no head, no target, or a head that the format cannot express.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    folder = Path(source)
+    trained = next((path for path in (folder, folder / "head") if (path / "head.json").is_file()), None)
+    if trained is not None:
+        summary = trained.parent / "summary.json"
+        if not target and summary.is_file():
+            target = json.loads(summary.read_text(encoding="utf-8"))["target"]
+        _require_target(target)
+        config, params, vocabulary = read_trained(trained)
+    else:
+        _require_target(target)
+        loaded = read_head(pretrained.resolve(source), load_target(target).config, np.dtype("float32"))
+        config, params, vocabulary = loaded.config, loaded.params, loaded.vocabulary
+        num_speculative_tokens = num_speculative_tokens or loaded.num_speculative_tokens or 0
+    architectures = hf.read_config(pretrained.resolve(target)).get("architectures") or ["LlamaForCausalLM"]
+    drafts = num_speculative_tokens or 4
+    return write_head(Path(out), config, params, target, architectures, drafts, vocabulary, jnp.dtype(dtype))
+
+
+def _require_target(target: str) -> None:
+    if not target:
+        raise ConfigError("--target: is missing; expected the name of the model that the head drafts for.")
+
+
+def read_trained(folder: Path) -> tuple[HeadConfig, network.Params, np.ndarray | None]:
+    """What trainer.write_head wrote: the head, its weights and its vocabulary.
+
+    Raises:
+        ConfigError: head.json or the weights are not there or do not fit each other.
+    """
+    try:
+        fields: dict[str, Any] = json.loads((folder / "head.json").read_text(encoding="utf-8"))
+        layer = fields.pop("layer")
+        scaling = layer.pop("rope_scaling")
+        layer["sliding_windows"] = tuple(layer["sliding_windows"])
+        layer["rope_scaling"] = RopeScaling(**scaling) if scaling else None
+        fields["taps"] = tuple(fields["taps"])
+        config = HeadConfig(layer=ModelConfig(**layer), **fields)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{folder / 'head.json'}: {error}; expected what `specjax train` writes.") from error
+    params = restore_params(folder, network.param_shapes(config), SingleDeviceSharding(jax.devices()[0]))
+    path = folder / "vocabulary.npy"
+    return config, params, np.load(path) if path.is_file() else None
