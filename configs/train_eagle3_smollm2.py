@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     # Of the frozen target: bfloat16 is faster also on CPUs with AMX, because nothing here decodes token by token.
     config.dtype = "bfloat16"
     # Fields of specjax.heads.config.for_target.
-    config.head = ConfigDict({"method": "eagle3", "draft_vocab_size": 8192})
+    config.head = ConfigDict({"method": "eagle3", "draft_vocab_size": 5632, "num_layers": 1, "mlp_width": 1024, "taps": (2, 15, 27)})
     # A file that `specjax respond` wrote; empty: written to DIR/responses.jsonl first, from respond below.
     config.responses = ""
     # As in respond_smollm2.py; prompts empty: no responses.

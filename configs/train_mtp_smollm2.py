@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     # Of the frozen target: bfloat16 is faster also on CPUs with AMX, because nothing here decodes token by token.
     config.dtype = "bfloat16"
     # Fields of specjax.heads.config.for_target. This wiring and these layers are what the speculators package reads.
-    config.head = ConfigDict({"method": "mtp", "wiring": "qwen3_next", "qk_norm": True})
+    config.head = ConfigDict({"method": "mtp", "wiring": "qwen3_next", "qk_norm": True, "num_layers": 1, "mlp_width": 1536})
     # A file that `specjax respond` wrote; empty: written to DIR/responses.jsonl first, from respond below.
     config.responses = ""
     # As in respond_smollm2.py; prompts empty: no responses.

@@ -248,6 +248,7 @@ def forward(
     distance = positions[:, :, None] - positions[:, None, :]
     masks = [mask if window is None else mask & (distance < window) for window in config.sliding_windows]
     attends = [attend_within(mask) for mask in masks]
-    output: Any = Decoder(config, dtype or params["embedding"].dtype).apply({"params": params}, tokens, positions, attends, taps, False)
+    module = Decoder(config, dtype or params["embedding"].dtype)
+    output: Any = module.apply({"params": params}, tokens, positions, attends, taps, False)
     _, tapped, final, _ = output
     return tapped, final

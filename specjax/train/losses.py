@@ -80,8 +80,9 @@ def loss_fn(
 
     Returns:
         The loss float32[], and metrics: accuracy float32[U], how often a step's best token is the target's; acceptance
-        float32[U], mean of sum min(p, q) over the tokens that are compared, 0 where the target's best is none of them; expected_acceptance_length float32[], 1 + the mean length of greedy chains
-        that the target accepts, of U drafts; loss_by_step float32[U].
+        float32[U], mean of sum min(p, q) over the tokens that are compared, 0 where the target's best is none of them;
+        expected_acceptance_length float32[], 1 + the mean length of the chains of U best tokens that are the target's
+        (of greedy decoding, where the text is the target's own greedy answer); loss_by_step float32[U].
     """
     target_logits = project(batch.final, frozen.target_head)
     target_law = jax.lax.stop_gradient(jax.nn.log_softmax(target_logits))
