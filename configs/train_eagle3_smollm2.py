@@ -16,7 +16,9 @@ def get_config() -> ConfigDict:
     # Of the frozen target: bfloat16 is faster also on CPUs with AMX, because nothing here decodes token by token.
     config.dtype = "bfloat16"
     # Fields of specjax.heads.config.for_target.
-    config.head = ConfigDict({"method": "eagle3", "draft_vocab_size": 5632, "num_layers": 1, "mlp_width": 1024, "taps": (2, 15, 27)})
+    config.head = ConfigDict(
+        {"method": "eagle3", "draft_vocab_size": 5632, "num_layers": 1, "mlp_width": 1024, "taps": (2, 15, 27)}
+    )
     # A file that `specjax respond` wrote; empty: written to DIR/responses.jsonl first, from respond below.
     config.responses = ""
     # As in respond_smollm2.py; prompts empty: no responses.
@@ -64,7 +66,16 @@ def get_config() -> ConfigDict:
     # (from this step on, so many draft steps are unrolled in the loss).
     config.unroll = ((0, 1), (2000, 4))
     # Fields of specjax.train.losses.LossSettings.
-    config.loss = ConfigDict({"kind": "kl", "step_decay": 0.8})
+    config.loss = ConfigDict(
+        {
+            "kind": "kl",
+            "step_decay": 0.8,
+            "token_weight": 1.0,
+            "feature_weight": 0.0,
+            "prompt_weight": 0.3,
+            "feature_noise": 0.0,
+        }
+    )
     # Steps between two lines of metrics.jsonl, two checkpoints and two validations.
     config.log_every = 20
     config.checkpoint_every = 200

@@ -64,7 +64,16 @@ def get_config() -> ConfigDict:
     # (from this step on, so many draft steps are unrolled in the loss).
     config.unroll = ((0, 1), (2000, 4))
     # Fields of specjax.train.losses.LossSettings.
-    config.loss = ConfigDict({"kind": "soft_ce", "token_weight": 0.1, "feature_weight": 1.0})
+    config.loss = ConfigDict(
+        {
+            "kind": "kl",
+            "step_decay": 0.8,
+            "token_weight": 1.0,
+            "feature_weight": 0.1,
+            "prompt_weight": 0.3,
+            "feature_noise": 0.0,
+        }
+    )
     # Steps between two lines of metrics.jsonl, two checkpoints and two validations.
     config.log_every = 20
     config.checkpoint_every = 200

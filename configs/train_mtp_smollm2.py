@@ -16,7 +16,9 @@ def get_config() -> ConfigDict:
     # Of the frozen target: bfloat16 is faster also on CPUs with AMX, because nothing here decodes token by token.
     config.dtype = "bfloat16"
     # Fields of specjax.heads.config.for_target. This wiring and these layers are what the speculators package reads.
-    config.head = ConfigDict({"method": "mtp", "wiring": "qwen3_next", "qk_norm": True, "num_layers": 1, "mlp_width": 1536})
+    config.head = ConfigDict(
+        {"method": "mtp", "wiring": "qwen3_next", "qk_norm": True, "num_layers": 1, "mlp_width": 1536}
+    )
     # A file that `specjax respond` wrote; empty: written to DIR/responses.jsonl first, from respond below.
     config.responses = ""
     # As in respond_smollm2.py; prompts empty: no responses.
@@ -64,7 +66,16 @@ def get_config() -> ConfigDict:
     # (from this step on, so many draft steps are unrolled in the loss).
     config.unroll = ((0, 1), (2000, 4))
     # Fields of specjax.train.losses.LossSettings.
-    config.loss = ConfigDict({"kind": "kl", "step_decay": 0.6})
+    config.loss = ConfigDict(
+        {
+            "kind": "kl",
+            "step_decay": 0.6,
+            "token_weight": 1.0,
+            "feature_weight": 0.0,
+            "prompt_weight": 0.3,
+            "feature_noise": 0.0,
+        }
+    )
     # Steps between two lines of metrics.jsonl, two checkpoints and two validations.
     config.log_every = 20
     config.checkpoint_every = 200

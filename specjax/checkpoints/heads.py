@@ -337,7 +337,8 @@ def _eagle3(config: Mapping[str, Any], layer: ModelConfig, tensors: hf.Tensors, 
             f"config.json: target_layer_ids={config['target_layer_ids']!r} counts layers in a way that differs between "
             "writers; expected eagle_aux_hidden_state_layer_ids, the layers whose entering states are read. Add it."
         )
-    taps = field("eagle_aux_hidden_state_layer_ids", list(heads.default_taps(target.num_layers)))
+    taps = field("eagle_aux_hidden_state_layer_ids", None)
+    taps = list(heads.default_taps(target.num_layers)) if taps is None else taps
     if not isinstance(taps, list) or not all(
         isinstance(tap, int) and not isinstance(tap, bool) and 0 <= tap <= target.num_layers for tap in taps
     ):

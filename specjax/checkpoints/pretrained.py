@@ -242,7 +242,11 @@ def _fetch_from_hub(name: str, revision: str | None) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        found = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        if not any(found.glob("*.safetensors")):  # the first EAGLE heads come as pickles only
+            pickles = [*HUB_FILES, "pytorch_model.bin"]
+            found = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=pickles))
+        return found
     except Exception as error:  # the hub client lets the errors of its HTTP library and of its validation through
         at = f" at revision {revision!r}" if revision else ""
         raise AssetError(
