@@ -30,6 +30,9 @@ from specjax.verify import RULES, build_rule
 PREFILL_BUCKETS = (16, 32, 64, 128, 256, 512)
 """Window lengths that prefill is compiled for; a longer prompt runs through the last one several times."""
 
+NARROW_ROWS = 16
+"""Rows up to which a decode program is compiled for products of few rows."""
+
 STREAM_ROUNDS = 4
 """Rounds between two looks at the device while streaming or looking for stop strings."""
 
@@ -177,7 +180,8 @@ class Programs:
 
     def decode(self, params: Params, state: DecodeState, num_rounds: int) -> DecodeState:
         """See decode. The state is donated."""
-        function = jax.jit(functools.partial(decode, self.system), donate_argnums=1, compiler_options=narrow_options())
+        options = narrow_options() if state.length.size <= NARROW_ROWS else None
+        function = jax.jit(functools.partial(decode, self.system), donate_argnums=1, compiler_options=options)
         return self._run(("decode", *_state_key(state)), function, params, state, np.int32(num_rounds))
 
     def place(self, state: DecodeState, fresh: DecodeState, rows: np.ndarray) -> DecodeState:

@@ -23,6 +23,7 @@ from specjax.heads import network
 from specjax.target import decoder
 from specjax.train import losses, trainer
 from specjax.train.data import Batch
+from specjax.train.students import student_for
 
 TARGET = random_target(0, tokenizer=LetterTokenizer())
 BARE = dataclasses.replace(TARGET, tokenizer=None)
@@ -33,7 +34,7 @@ TAP = 1
 def fitted() -> tuple[hc.HeadConfig, network.Params]:
     """A head that has learnt to guess the random target from the state entering its second layer."""
     config = hc.for_target(TARGET.config, "eagle3", taps=(TAP,))
-    frozen = losses.freeze(config, TARGET.params, jnp.arange(TARGET.config.vocab_size), jnp.float32)
+    frozen = losses.freeze(TARGET.params, jnp.arange(TARGET.config.vocab_size), jnp.float32)
     length = 64
     positions = jnp.broadcast_to(jnp.arange(length), (8, length))
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (8, length, length))
@@ -171,7 +172,7 @@ def test_drafts_that_are_never_accepted_are_explained(tmp_path):
 def test_export_writes_what_training_left(fitted, tmp_path, monkeypatch):
     config, params = fitted
     workdir = tmp_path / "work"
-    trainer.write_head(workdir / "head", config, params, None)
+    trainer.write_head(workdir / "head", dataclasses.asdict(config), params, None)
     (workdir / "summary.json").write_text(json.dumps({"target": "tiny"}))
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
@@ -182,6 +183,24 @@ def test_export_writes_what_training_left(fitted, tmp_path, monkeypatch):
     assert loaded.config == config and loaded.num_speculative_tokens == 3
     assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), loaded.params, params))
     assert loaded.speculator.speculators_config.verifier.name_or_path == "tiny"
+
+
+def test_an_exported_draft_model_loads_and_drafts(tmp_path, monkeypatch):
+    sizes = {"width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 24}
+    student = student_for(TARGET.config, "draft_model", **sizes)
+    params = student.init(jax.random.key(0), TARGET.params["embedding"])
+    trainer.write_head(tmp_path / "work" / "head", student.fields(), params, None)
+    (tmp_path / "random-0").mkdir()
+    (tmp_path / "random-0" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "--source=work", "--out=draft", "--target=random-0", "--dtype=float32"]) == 0
+    draft = specjax.load_target(tmp_path / "draft")
+    assert draft.config == student.config
+    assert bool((draft.params["embedding"] == params["embedding"]).all())
+    config = specjax.SpeculativeConfig(method="draft_model", model=str(tmp_path / "draft"))
+    prompt, limit = [[5, 9, 2]], specjax.SamplingParams(max_tokens=8)
+    plain = specjax.SpeculativeDecoder(BARE).generate(prompt, limit)
+    assert specjax.SpeculativeDecoder(BARE, config).generate(prompt, limit).token_ids == plain.token_ids
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from specjax.errors import CheckpointError, ConfigError
 from specjax.heads import config as heads
 from specjax.heads import network
 from specjax.heads.config import HeadConfig
+from specjax.target import decoder
 from specjax.target.families import ModelConfig, RopeScaling, from_hf
 
 
@@ -591,6 +592,11 @@ def write_head(
         ids = np.asarray(vocabulary, np.int64)
         tensors["d2t"] = ids - np.arange(len(ids))
         tensors["t2d"] = np.isin(np.arange(head_config.layer.vocab_size), ids)
+    return _publish(directory, tensors, config)
+
+
+def _publish(directory: Path, tensors: dict[str, np.ndarray], config: SpeculatorModelConfig) -> Path:
+    """Writes tensors and config under another name and renames them."""
     if directory.exists() and {path.name for path in directory.iterdir()} - {"config.json", "model.safetensors"}:
         raise ConfigError(f"directory={str(directory)!r}: holds other files; expected a new directory or a head's.")
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -609,6 +615,33 @@ def write_head(
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
     return directory
+
+
+def write_draft_model(
+    directory: Path, config: ModelConfig, params: decoder.Params, target_name: str, dtype: Any = jnp.bfloat16
+) -> Path:
+    """Writes a language model with a tied head as a Hugging Face directory that names the target it drafts for.
+
+    Raises:
+        ConfigError: a directory that holds something else.
+    """
+    layer = to_hf(config) | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
+    speculator = speculators.SpeculatorsConfig(
+        algorithm="independent",
+        proposal_methods=[speculators.GreedyTokenProposalConfig(speculative_tokens=4)],
+        default_proposal_method="greedy",
+        verifier=speculators.VerifierConfig(name_or_path=target_name, architectures=[]),
+    )
+    written = speculators.IndependentSpeculatorConfig(**layer, speculators_config=speculator)
+    written.dtype = jnp.dtype(dtype).name
+    tensors: dict[str, np.ndarray] = {}
+    for entry in hf.model_entries(config):
+        weight: Any = params
+        for part in entry.path:
+            weight = weight[part]
+        for name, array in zip(entry.names, entry.write(np.asarray(weight)), strict=True):
+            tensors[name] = np.ascontiguousarray(array).astype(jnp.dtype(dtype))
+    return _publish(Path(directory), tensors, written)
 
 
 def tensors_of(

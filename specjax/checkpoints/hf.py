@@ -54,7 +54,7 @@ def read_params(directory: Path, config: ModelConfig, dtype: jnp.dtype) -> decod
             are absent or truncated.
     """
     with Tensors(directory) as tensors:
-        params = read_entries(tensors, _entries(config), dtype)
+        params = read_entries(tensors, model_entries(config), dtype)
         if config.tied_head and "lm_head.weight" in tensors.where:
             _check_tied_head(tensors, config)
         tensors.check_all_taken(HEAD_PREFIXES)
@@ -90,7 +90,7 @@ def kernel(path: tuple[str, ...], name: str, num_in: int, num_out: int) -> Entry
     return Entry(path, (name,), ((num_out, num_in),), lambda x: x.T, lambda x: (x.T,))
 
 
-def _entries(config: ModelConfig) -> Iterator[Entry]:
+def model_entries(config: ModelConfig) -> Iterator[Entry]:
     """The one table that relates HF names to the decoder's layout."""
     D, V = config.width, config.vocab_size
     yield vector(("embedding",), "model.embed_tokens.weight", V, D)

@@ -11,12 +11,13 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from specjax.checkpoints import hf, pretrained
-from specjax.checkpoints.heads import read_head, write_head
+from specjax.checkpoints.heads import read_head, write_draft_model, write_head
 from specjax.checkpoints.load import load_target
 from specjax.errors import ConfigError
 from specjax.heads import network
 from specjax.heads.config import HeadConfig
 from specjax.target.families import ModelConfig, RopeScaling
+from specjax.train.students import DraftModelStudent, HeadStudent
 from specjax.train.trainer import restore_params
 
 
@@ -48,6 +49,8 @@ def export(
             target = json.loads(summary.read_text(encoding="utf-8"))["target"]
         _require_target(target)
         config, params, vocabulary = read_trained(trained)
+        if isinstance(config, ModelConfig):
+            return write_draft_model(Path(out), config, params, target, jnp.dtype(dtype))
     else:
         _require_target(target)
         loaded = read_head(pretrained.resolve(source), load_target(target).config, np.dtype("float32"))
@@ -63,8 +66,8 @@ def _require_target(target: str) -> None:
         raise ConfigError("--target: is missing; expected the name of the model that the head drafts for.")
 
 
-def read_trained(folder: Path) -> tuple[HeadConfig, network.Params, np.ndarray | None]:
-    """What trainer.write_head wrote: the head, its weights and its vocabulary.
+def read_trained(folder: Path) -> tuple[HeadConfig | ModelConfig, network.Params, np.ndarray | None]:
+    """What trainer.write_head wrote: the head or draft model, its weights and its vocabulary.
 
     Raises:
         ConfigError: head.json or the weights are not there or do not fit each other.
@@ -75,10 +78,16 @@ def read_trained(folder: Path) -> tuple[HeadConfig, network.Params, np.ndarray |
         scaling = layer.pop("rope_scaling")
         layer["sliding_windows"] = tuple(layer["sliding_windows"])
         layer["rope_scaling"] = RopeScaling(**scaling) if scaling else None
-        fields["taps"] = tuple(fields["taps"])
-        config = HeadConfig(layer=ModelConfig(**layer), **fields)
+        model = ModelConfig(**layer)
+        student: DraftModelStudent | HeadStudent = DraftModelStudent(model)
+        if fields["method"] != "draft_model":
+            student = HeadStudent(HeadConfig(layer=model, **fields | {"taps": tuple(fields["taps"])}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder / 'head.json'}: {error}; expected what `specjax train` writes.") from error
-    params = restore_params(folder, network.param_shapes(config), SingleDeviceSharding(jax.devices()[0]))
+    embedding = jax.ShapeDtypeStruct((model.vocab_size, model.width), jnp.float32)
+    shapes = jax.eval_shape(student.init, jax.random.key(0), embedding)
+    params = restore_params(folder, shapes, SingleDeviceSharding(jax.devices()[0]))
+    if isinstance(student, DraftModelStudent):
+        return model, params | {"head": params["embedding"].T}, None
     path = folder / "vocabulary.npy"
-    return config, params, np.load(path) if path.is_file() else None
+    return student.config, params, np.load(path) if path.is_file() else None

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from specjax.heads import network
 from specjax.heads.config import HeadConfig
-from specjax.target.decoder import Attend
+from specjax.target.decoder import Attend, forward
+from specjax.target.families import ModelConfig
 from specjax.target.layers import HIDDEN, project
 
 LossKind = Literal["soft_ce", "kl", "reverse_kl", "tv", "acceptance", "lk_hybrid"]
@@ -51,7 +52,7 @@ class Frozen(NamedTuple):
     target_head: jax.Array
 
 
-def freeze(config: HeadConfig, target_params: Any, kept: jax.Array, dtype: Any) -> Frozen:
+def freeze(target_params: Any, kept: jax.Array, dtype: Any) -> Frozen:
     """Frozen from the target's weights."""
     columns = target_params["head"][:, kept].astype(dtype)
     return Frozen(network.Shared(target_params["embedding"].astype(dtype), columns), kept, columns)
@@ -135,6 +136,37 @@ def loss_fn(
         "loss_by_step": jnp.stack(losses),
     }
     return total, jax.lax.stop_gradient(metrics)
+
+
+def draft_model_loss(
+    config: ModelConfig, settings: LossSettings, params: Any, frozen: Frozen, batch: Any
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of a small language model with a tied head, which reads text alone: at t it predicts token t + 1.
+
+    Args:
+        params: of the decoder without its head, in the dtype to compute in.
+
+    Returns:
+        As loss_fn, for one step.
+    """
+    params = params | {"head": params["embedding"].T}
+    causal = _causal(batch)
+    _, hidden = forward(config, params, batch.tokens, batch.positions, causal, (), jnp.float32)
+    logits = project(hidden, params["head"][:, frozen.kept])
+    teacher = jax.lax.stop_gradient(jax.nn.log_softmax(project(batch.final, frozen.target_head)))
+    rank = jnp.full(config.vocab_size, -1, jnp.int32).at[frozen.kept].set(jnp.arange(frozen.kept.size))
+    label = rank[batch.best]
+    distance, acceptance = _distance(settings.kind, teacher, jax.nn.log_softmax(logits))
+    loss = settings.token_weight * _mean(distance, _weights(batch, 1, settings.prompt_weight) * (label >= 0))
+    counted = _weights(batch, 1, 0.0)
+    accuracy = _mean(jnp.argmax(logits, axis=-1) == label, counted)
+    metrics = {
+        "accuracy": accuracy[None],
+        "acceptance": _mean(acceptance * (label >= 0), counted)[None],
+        "expected_acceptance_length": 1.0 + accuracy,
+        "loss_by_step": loss[None],
+    }
+    return loss, jax.lax.stop_gradient(metrics)
 
 
 def _shift(x: jax.Array, by: int) -> jax.Array:

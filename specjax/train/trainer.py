@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from ml_collections import ConfigDict
 
 from specjax.checkpoints.load import Target, load_target
@@ -24,10 +24,9 @@ from specjax.errors import ConfigError, SpecJAXError
 from specjax.evaluate.prompts import load_prompts
 from specjax.evaluate.run import device_name, plain_dict, prepare_workdir, write_json, write_text
 from specjax.generate import enable_compilation_cache
-from specjax.heads import network
-from specjax.heads.config import HeadConfig, for_target
 from specjax.train import data, features, losses, responses
 from specjax.train.respond import FILE, RespondConfig, answer, respond_config
+from specjax.train.students import Student, student_for
 
 FEATURES = ("cache", "on_the_fly")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -229,28 +228,29 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], progress: Any = 
     _check_same_run(workdir / "config.json", config)
     enable_compilation_cache()
     target = load_target(config.target, dtype=config.dtype or None)
-    head_config = for_target(target.config, **config.head)
+    student = student_for(target.config, **config.head)
     found = _training_responses(config, target, workdir, progress)
-    store = _open_store(config, target, head_config, found, workdir, progress)
-    trainer = Trainer(config, workdir, target, head_config, store)
+    store = _open_store(config, target, student, found, workdir, progress)
+    trainer = Trainer(config, workdir, target, student, store)
     return trainer.run(progress)
 
 
 class Trainer:
     """The loop and what it holds; train makes one."""
 
-    def __init__(self, config: TrainConfig, workdir: Path, target: Target, head_config: HeadConfig, store: data.Store):
+    def __init__(self, config: TrainConfig, workdir: Path, target: Target, student: Student, store: data.Store):
         if config.mesh > len(jax.devices()):
             raise ConfigError(f"mesh={config.mesh}: expected at most {len(jax.devices())}, the devices there are.")
-        size, vocab_size = head_config.draft_vocab_size, target.config.vocab_size
+        size, vocab_size = student.draft_vocab_size, target.config.vocab_size
         if not 1 <= size <= vocab_size:
             raise ConfigError(f"head.draft_vocab_size={size}: expected 1 to {vocab_size}, the target's vocabulary.")
-        self.config, self.workdir, self.head_config = config, workdir, head_config
+        self.config, self.workdir, self.student = config, workdir, student
+        self.reduced = size < vocab_size
         trained, held_out = data.split(store.names, config.data.held_out_every)
         counts = data.count_tokens(store, trained, target.config.vocab_size)
         if not counts.sum():
             raise ConfigError("responses: hold no token to learn from; expected answers of the target.")
-        size = head_config.draft_vocab_size if head_config.reduced else config.loss_vocab_size
+        size = student.draft_vocab_size if self.reduced else config.loss_vocab_size
         self.vocabulary = data.choose_vocabulary(counts, size) if size else None
         self.facts: dict[str, float] = {"sequences": len(trained), "sequence_tokens": int(store.lengths[trained].sum())}
         if self.vocabulary is not None:
@@ -267,11 +267,12 @@ class Trainer:
         self.optimizer, self.learning_rate = make_optimizer(config.optimizer, config.steps)
         self.compute_dtype = jnp.dtype(config.compute_dtype)
         kept = np.arange(target.config.vocab_size, dtype=np.int32) if self.vocabulary is None else self.vocabulary
-        frozen = losses.freeze(head_config, target.params, jnp.asarray(kept), self.compute_dtype)
+        frozen = losses.freeze(target.params, jnp.asarray(kept), self.compute_dtype)
         self.frozen = jax.device_put(frozen, self.replicated)
         on_the_fly = config.features == "on_the_fly"
         self.target_params = jax.device_put(target.params, self.replicated) if on_the_fly else None
         self.target_config = target.config
+        self.embedding = target.params["embedding"]
         self.programs: dict[int, Any] = {}
         self.flops: dict[int, float] = {}
         self.num_tokens = 0
@@ -322,10 +323,10 @@ class Trainer:
 
     def _restore_or_init(self, manager: ocp.CheckpointManager) -> TrainState:
         """The last checkpoint's state, and the data and counters brought to it; else a new state."""
-        shapes = jax.eval_shape(self._init)
+        shapes = jax.eval_shape(self._init, self.embedding)
         latest = manager.latest_step()
         if latest is None:
-            state = jax.jit(self._init, out_shardings=self.replicated)()
+            state = jax.jit(self._init, out_shardings=self.replicated)(self.embedding)
             if self.config.init_from:
                 params = restore_params(self.config.init_from, shapes.params, self.replicated)
                 state = state._replace(params=params)
@@ -337,8 +338,8 @@ class Trainer:
         self.num_tokens, self.seconds = found.run["num_tokens"], found.run["seconds"]
         return TrainState(**found.state)
 
-    def _init(self) -> TrainState:
-        params = network.init(self.head_config, jax.random.key(self.config.seed), jnp.float32)
+    def _init(self, embedding: jax.Array) -> TrainState:
+        params = self.student.init(jax.random.key(self.config.seed), embedding)
         return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
 
     def _save(self, manager: ocp.CheckpointManager, state: TrainState) -> None:
@@ -367,7 +368,7 @@ class Trainer:
 
         def loss(params: Any) -> Any:
             params = self._to_compute(params)
-            return losses.loss_fn(self.head_config, self.config.loss, params, frozen, batch, num_unrolled, key)
+            return self.student.loss(self.config.loss, params, frozen, batch, num_unrolled, key)
 
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
@@ -377,9 +378,9 @@ class Trainer:
     def _with_features(self, batch: data.Batch, target_params: Any) -> data.Batch:
         if target_params is not None:
             taps, final, best = features.target_features(
-                self.target_config, target_params, batch.tokens, batch.positions, batch.segments, self.head_config.taps
+                self.target_config, target_params, batch.tokens, batch.positions, batch.segments, self.student.taps
             )
-            batch = batch._replace(best=best, final=final, taps=taps if self.head_config.taps else None)
+            batch = batch._replace(best=best, final=final, taps=taps if self.student.taps else None)
         # Activations stay float32: products round them to the weights' dtype, the rest of the step does not.
         wide = functools.partial(jax.tree.map, lambda x: x.astype(jnp.float32))
         return batch._replace(final=wide(batch.final), taps=wide(batch.taps))
@@ -395,7 +396,7 @@ class Trainer:
             def evaluate(params: Any, batch: data.Batch, frozen: Any, target_params: Any) -> Any:
                 batch = self._with_features(batch, target_params)
                 params = self._to_compute(params)
-                value, metrics = losses.loss_fn(self.head_config, self.config.loss, params, frozen, batch, num_unrolled)
+                value, metrics = self.student.loss(self.config.loss, params, frozen, batch, num_unrolled)
                 return {"loss": value} | metrics
 
             self.programs[-1] = jax.jit(evaluate)
@@ -423,13 +424,13 @@ class Trainer:
         )
 
     def _finish(self, state: TrainState, log: "MetricsLog") -> dict[str, Any]:
-        vocabulary = self.vocabulary if self.head_config.reduced else None
-        write_head(self.workdir / "head", self.head_config, state.params, vocabulary)
+        vocabulary = self.vocabulary if self.reduced else None
+        write_head(self.workdir / "head", self.student.fields(), state.params, vocabulary)
         last = log.lines[-1]
         validated = [line["validation"] for line in log.lines if "validation" in line]
         summary = {
             "target": self.config.target,
-            "head": dataclasses.asdict(self.head_config),
+            "head": self.student.fields(),
             "device": device_name(),
             "steps": self.config.steps,
             "tokens": self.num_tokens,
@@ -485,25 +486,25 @@ def _describe(line: dict[str, Any]) -> str:
     return f"loss {line['loss']:.3f}{held_out}, accuracy {accuracy}, {line['tokens_per_second']:.0f} tokens/s"
 
 
-def _with_sharding(shapes: Any, sharding: NamedSharding) -> Any:
+def _with_sharding(shapes: Any, sharding: Sharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
-def write_head(path: Path, config: HeadConfig, params: Any, vocabulary: np.ndarray | None) -> None:
+def write_head(path: Path, fields: dict[str, Any], params: Any, vocabulary: np.ndarray | None) -> None:
     """Writes a head: params/ (orbax), head.json, and vocabulary.npy where it has one of its own."""
     temporary = path.with_name(path.name + ".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(temporary.absolute() / "params", params)
-    write_json(temporary / "head.json", dataclasses.asdict(config))
+    write_json(temporary / "head.json", fields)
     if vocabulary is not None:
         np.save(temporary / "vocabulary.npy", vocabulary)
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
 
 
-def restore_params(path: str | os.PathLike[str], shapes: Any, sharding: NamedSharding) -> Any:
+def restore_params(path: str | os.PathLike[str], shapes: Any, sharding: Sharding) -> Any:
     """The weights of a head that write_head wrote.
 
     Raises:
@@ -577,7 +578,7 @@ def _training_responses(config: TrainConfig, target: Target, workdir: Path, prog
 def _open_store(
     config: TrainConfig,
     target: Target,
-    head_config: HeadConfig,
+    student: Student,
     found: Sequence[responses.Response],
     workdir: Path,
     progress: Any,
@@ -585,5 +586,5 @@ def _open_store(
     if config.features == "on_the_fly":
         return features.TokenStore(found)
     directory = Path(config.features_dir) if config.features_dir else workdir / "features"
-    features.write(directory, found, target, head_config.taps, progress)
-    return features.FeatureCache(directory, found, target, head_config.taps)
+    features.write(directory, found, target, student.taps, progress)
+    return features.FeatureCache(directory, found, target, student.taps)

@@ -1,0 +1,150 @@
+"""What can be trained: a draft head, or a small language model for the draft_model method."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from specjax.errors import ConfigError
+from specjax.heads import network
+from specjax.heads.config import HeadConfig, for_target
+from specjax.target import decoder
+from specjax.target.families import ModelConfig
+from specjax.train import losses
+
+Metrics = dict[str, jax.Array]
+
+
+class Student(Protocol):
+    """What the trainer needs to know of what it trains: static and hashable."""
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Target layers whose entering states it reads."""
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """Tokens that it can propose."""
+
+    def fields(self) -> dict[str, Any]:
+        """What head.json says of it."""
+
+    def init(self, key: jax.Array, embedding: jax.Array) -> Any:
+        """float32 weights to begin with, given the target's embedding dtype[V, D_t]."""
+
+    def loss(
+        self,
+        settings: losses.LossSettings,
+        params: Any,
+        frozen: losses.Frozen,
+        batch: Any,
+        num_unrolled: int,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Metrics]:
+        """See losses.loss_fn."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadStudent:
+    """A head of any method."""
+
+    config: HeadConfig
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self.config.taps
+
+    @property
+    def draft_vocab_size(self) -> int:
+        return self.config.draft_vocab_size
+
+    def fields(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.config)
+
+    def init(self, key: jax.Array, embedding: jax.Array) -> Any:
+        return network.init(self.config, key, jnp.float32)
+
+    def loss(
+        self,
+        settings: losses.LossSettings,
+        params: Any,
+        frozen: losses.Frozen,
+        batch: Any,
+        num_unrolled: int,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Metrics]:
+        return losses.loss_fn(self.config, settings, params, frozen, batch, num_unrolled, key)
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftModelStudent:
+    """A language model of the target's vocabulary with a tied head."""
+
+    config: ModelConfig
+    taps: tuple[int, ...] = ()
+
+    @property
+    def draft_vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    def fields(self) -> dict[str, Any]:
+        return {"method": "draft_model", "layer": dataclasses.asdict(self.config)}
+
+    def init(self, key: jax.Array, embedding: jax.Array) -> Any:
+        """Random layers; the embedding is the target's in the directions in which that varies most."""
+        params = decoder.init(self.config, key, jnp.float32)
+        del params["head"]
+        wide = embedding.astype(jnp.float32)
+        _, directions = jnp.linalg.eigh(wide.T @ wide)
+        return params | {"embedding": wide @ directions[:, -self.config.width :]}
+
+    def loss(
+        self,
+        settings: losses.LossSettings,
+        params: Any,
+        frozen: losses.Frozen,
+        batch: Any,
+        num_unrolled: int,
+        key: jax.Array | None = None,
+    ) -> tuple[jax.Array, Metrics]:
+        return losses.draft_model_loss(self.config, settings, params, frozen, batch)
+
+
+def student_for(target: ModelConfig, method: str, **fields: Any) -> Student:
+    """What config.head describes. A draft model's fields are those of its ModelConfig: width, num_layers, num_heads,
+    num_kv_heads, mlp_width.
+
+    Raises:
+        ConfigError: a wrong field.
+    """
+    if method != "draft_model":
+        return HeadStudent(for_target(target, method, **fields))  # type: ignore[arg-type]
+    sizes = ("width", "num_layers", "num_heads", "num_kv_heads", "mlp_width")
+    for name in sizes:
+        if not isinstance(fields.get(name), int) or fields[name] < 1:
+            raise ConfigError(f"head.{name}={fields.get(name)!r}: expected an integer >= 1, of the draft model.")
+    unknown = sorted(fields.keys() - set(sizes))
+    if unknown:
+        raise ConfigError(f"head.{unknown[0]}={fields[unknown[0]]!r}: is no field of a draft model; expected {sizes}.")
+    if fields["width"] % fields["num_heads"] or fields["num_heads"] % fields["num_kv_heads"]:
+        raise ConfigError(
+            f"head: width={fields['width']}, num_heads={fields['num_heads']}, num_kv_heads={fields['num_kv_heads']}; "
+            "expected each a multiple of the next."
+        )
+    if fields["width"] > target.width:
+        raise ConfigError(f"head.width={fields['width']}: expected at most {target.width}, the target's.")
+    return DraftModelStudent(
+        ModelConfig(
+            family="llama",
+            vocab_size=target.vocab_size,
+            head_dim=fields["width"] // fields["num_heads"],
+            norm_eps=target.norm_eps,
+            rope_theta=target.rope_theta,
+            rope_scaling=target.rope_scaling,
+            max_position=target.max_position,
+            sliding_windows=(None,) * fields["num_layers"],
+            tied_head=True,
+            **fields,
+        )
+    )
