@@ -1,8 +1,10 @@
 """Trains an EAGLE-3 head for SmolLM2-135M-Instruct on the target's own answers.
 
 Command:   specjax train --config=configs/train_eagle3_smollm2.py --workdir=DIR
-Minutes:   measured later.
-Expected:  measured later.
+Minutes:   40 a thousand steps of the second half (4 drafts unrolled), 6 of the first, on two cores with AMX and
+           --config.compute_dtype=bfloat16; answering the prompts before it takes half an hour.
+Expected:  not measured to the end yet. 3,400 steps (1,000 of them with 3 drafts) on 208,000 answered tokens gave
+           held-out accuracy 0.48 0.34 0.31.
 """
 
 from ml_collections import ConfigDict

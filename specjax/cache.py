@@ -11,9 +11,9 @@ BLOCK = 256
 """Most positions that attention reads at a time; capacities are multiples of it."""
 
 
-def block_size(rows: int) -> int:
-    """Positions that attention reads at a time for so many rows: a batch's block should stay in a core's cache."""
-    return BLOCK if rows < UNROLLED_ROWS else BLOCK // 4
+def cpu_block(rows: int) -> int:
+    """Positions that attention on CPU reads at a time: the block of a wide batch should stay in a core's cache."""
+    return BLOCK if rows <= UNROLLED_ROWS else BLOCK // 4
 
 
 @flax.struct.dataclass

@@ -156,18 +156,22 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 
 def method_of(model: str) -> Method:
-    """The method of a draft checkpoint: what its config.json says, or where there is none yet, its name."""
+    """The method of a draft checkpoint: what its config.json says, or where none can be read, its name."""
     for folder in (Path(model), Path(__file__).parent / "pretrained" / model):
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        kind = config.get("speculators_model_type") if isinstance(config, dict) else None
+        if not isinstance(config, dict):
+            break
+        kind = config.get("speculators_model_type")
         if kind in HEAD_METHODS:
             return kind
-        if "draft_vocab_size" in config:
+        if kind is None and "draft_vocab_size" in config:
             return "eagle3"
-    return next((method for method in HEAD_METHODS if method in model.lower()), "draft_model")
+        architectures = str(config.get("architectures")).lower()
+        return "eagle" if "eagle" in architectures else "draft_model"
+    return next((method for method in HEAD_METHODS if method in Path(model).name.lower()), "draft_model")
 
 
 class _Settings(pydantic.BaseModel):
@@ -279,7 +283,7 @@ class SpeculativeConfig(_Settings):
         None,
         "The draft model or head: a directory, hub id or named asset that fits the target. 'ngram' selects the n-gram "
         "method and is then stored as None. Default: None; heads are then looked for in the target's checkpoint and "
-        "among those that come with SpecJAX.",
+        "among those that come with SpecJAX, where there are any.",
         expected="the directory, hub id or asset name of a draft model or head",
         remedy="method='draft_model' needs one of the target's vocabulary, method='ngram' needs none",
     )
@@ -310,7 +314,7 @@ class SpeculativeConfig(_Settings):
     # How it drafts
     num_speculative_tokens: Integer = _setting(
         2,
-        "Drafts proposed for each row in a round, in tokens. Default: 2.",
+        "Drafts proposed for each row in a round, in tokens. Default: what the checkpoint of a head names, else 2.",
         expected="an integer >= 1",
         remedy="give the number of drafts a round; to decode without drafts pass config=None to SpeculativeDecoder",
         ge=1,
@@ -318,8 +322,8 @@ class SpeculativeConfig(_Settings):
     draft_sample_method: DraftSampleMethod = _setting(
         None,
         "How the draft model picks its tokens: 'greedy' takes the most probable, 'probabilistic' samples with the "
-        "row's sampling parameters. Default: 'probabilistic' for a draft model, 'greedy' for n-grams, which have no "
-        "probabilities, and for the rules 'relaxed', 'typical-acceptance' and 'strict', by which heads are judged.",
+        "row's sampling parameters. Default: 'probabilistic' for a draft model and 'hybrid', 'greedy' for n-grams, "
+        "which have no probabilities, and for the rules 'relaxed', 'typical-acceptance' and 'strict', by which heads are judged.",
         expected="'greedy' or 'probabilistic' ('ngram' and 'relaxed' have only 'greedy')",
         remedy="name one of them or leave the field out",
     )
@@ -351,7 +355,8 @@ class SpeculativeConfig(_Settings):
         "'logit-comparison' accepts a draft whose own logit in the draft model is at most its logit in the target; "
         "'medusa-typical' one that is probable enough for the target's entropy; 'relaxed' one close to the target's "
         "most probable token; 'synthetic' tosses a coin, for benchmarks. Default: 'synthetic' if "
-        "synthetic_acceptance_rate is given, else 'residual'.",
+        "synthetic_acceptance_rate is given, else 'typical-acceptance' for 'eagle', 'eagle3' and "
+        "'mtp', and 'residual' for other methods.",
         expected="'greedy', 'residual', 'typical-acceptance', 'strict', 'block', 'logit-comparison', 'medusa-typical', "
         "'relaxed' or 'synthetic'",
         remedy="name one of them or leave the field out",
@@ -728,6 +733,10 @@ class SpeculativeConfig(_Settings):
     def uses_logit_comparison(self) -> bool:
         """Whether a draft is accepted when its own logit in the draft model is at most its logit in the target."""
         return self._has("rejection_sampling_strategy", "logit-comparison")
+
+    def uses_synthetic_acceptance(self) -> bool:
+        """Whether a coin accepts drafts."""
+        return self._has("rejection_sampling_strategy", "synthetic")
 
     def uses_typical_acceptance(self) -> bool:
         """Whether the target samples every position and a draft is accepted when it equals the sample (MAX's name)."""

@@ -119,7 +119,6 @@ def place(state: DecodeState, fresh: DecodeState, rows: jax.Array) -> DecodeStat
         rows: int32[B'], where each row of fresh goes.
     """
 
-
     def put(all_rows: jax.Array, new: jax.Array) -> jax.Array:
         return all_rows.at[rows].set(new, mode="drop") if all_rows.ndim else all_rows
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from specjax import cache as kv
 from specjax.config import SamplingParams
+from specjax.errors import ConfigError
 from specjax.generate import FINISH_REASONS, Request, SpeculativeDecoder, batch_rows, prefill_windows
 from specjax.step import RUNNING, DecodeState
 
@@ -42,16 +43,21 @@ def completions(
     """Decodes any number of prompts in max_batch_size rows, in the order in which they finish.
 
     Prompts that need caches of one capacity decode together, the shortest first, so rows that share a batch read
-    about equally much of it. A prompt's output is that of generate, as it does not depend on who shares the batch.
+    about equally much of it. A prompt's output is that of generate, up to rounding, which varies with shapes.
 
     Args:
-        prompts, sampling_params, chat: as in SpeculativeDecoder.generate; stop strings are not looked for.
+        prompts, sampling_params, chat: as in SpeculativeDecoder.generate, without stop strings.
         rounds: decoded between two looks at the device.
 
     Raises:
         SpecJAXError: a prompt or parameter is wrong; names the prompt.
     """
     requests = decoder.requests(prompts, sampling_params, chat)
+    stops = next((request for request in requests if request.params.stop), None)
+    if stops is not None:
+        raise ConfigError(
+            f"prompts[{stops.index}]: stop={stops.params.stop}; expected stop_token_ids, or use generate."
+        )
     by_capacity: dict[int, list[Request]] = collections.defaultdict(list)
     for request in sorted(requests, key=lambda request: len(request.tokens)):
         prefilled = max((start + size for start, size in prefill_windows(len(request.tokens) - 1)), default=0)

@@ -71,7 +71,7 @@ def example(name):
     )
     batch = batch._replace(best=np.argmax(batch.final @ np.asarray(target["head"]), axis=-1).astype(np.int32))
     settings = LossSettings(step_decay=DECAY, **options)
-    frozen = losses.freeze(config, target, jnp.asarray(kept), jnp.float32)
+    frozen = losses.freeze(target, jnp.asarray(kept), jnp.float32)
     return config, settings, random_weights(config, 1), frozen, batch
 
 
@@ -119,7 +119,7 @@ def expected(name):
                     counted = float(responds[paired + 1])
                     correct = kept[np.argmax(q)] == best[paired]
                     add("accuracy", step, correct, counted)
-                    add("acceptance", step, inside * np.minimum(p, q).sum(), counted)
+                    add("acceptance", step, np.minimum(p, q).sum(), counted)
                     survives = survives and correct
                     # All steps of a chain count for the same positions, those whose whole chain lies in the text.
                     whole = last + 1 + UNROLLED < len(at)

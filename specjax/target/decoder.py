@@ -118,9 +118,7 @@ class DecoderLayer(nn.Module):
             x = x + out
         with jax.named_scope("mlp"):
             normed = layers.rms_norm(x, scale(self, "mlp_norm", c.width), c.norm_eps)
-            gate_up = layers.product(
-                normed, weight(self, "gate_up", (c.width, 2, c.mlp_width), ("width", None, "mlp"))
-            )
+            gate_up = layers.product(normed, weight(self, "gate_up", (c.width, 2, c.mlp_width), ("width", None, "mlp")))
             if c.mlp_bias:
                 gate_up += bias(self, "gate_up_bias", (2, c.mlp_width), (None, "mlp"))
             hidden = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]

@@ -50,7 +50,7 @@ def export(
         _require_target(target)
         config, params, vocabulary = read_trained(trained)
         if isinstance(config, ModelConfig):
-            return write_draft_model(Path(out), config, params, target, jnp.dtype(dtype))
+            return write_draft_model(Path(out), config, params, _public_name(target), jnp.dtype(dtype))
     else:
         _require_target(target)
         loaded = read_head(pretrained.resolve(source), load_target(target).config, np.dtype("float32"))
@@ -58,7 +58,15 @@ def export(
         num_speculative_tokens = num_speculative_tokens or loaded.num_speculative_tokens or 0
     architectures = hf.read_config(pretrained.resolve(target)).get("architectures") or ["LlamaForCausalLM"]
     drafts = num_speculative_tokens or 4
-    return write_head(Path(out), config, params, target, architectures, drafts, vocabulary, jnp.dtype(dtype))
+    return write_head(
+        Path(out), config, params, _public_name(target), architectures, drafts, vocabulary, jnp.dtype(dtype)
+    )
+
+
+def _public_name(target: str) -> str:
+    """What other systems know a target by."""
+    asset = pretrained.ASSETS.get(target)
+    return asset.hub if asset else target
 
 
 def _require_target(target: str) -> None:

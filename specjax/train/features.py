@@ -139,9 +139,12 @@ class TokenStore:
         return len(self._responses)
 
     def read(self, index: int, length: int) -> dict[str, np.ndarray]:
-        """tokens, loss_mask and positions of the last `length` tokens of a sequence."""
+        """tokens, loss_mask and positions of the first `length` tokens of a sequence.
+
+        Not of the last, as in FeatureCache: the target would not see what stands before them.
+        """
         arrays = token_arrays(self._responses[index], self._max_length)
-        return {name: array[-length:] for name, array in arrays.items()}
+        return {name: array[:length] for name, array in arrays.items()}
 
 
 def token_arrays(response: Response, max_length: int = BUCKETS[-1]) -> dict[str, np.ndarray]:
@@ -192,8 +195,9 @@ def write(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.glob("*.partial"):
-        shutil.rmtree(leftover)
+    for leftover in directory.glob("*.*.partial"):
+        if not _running(int(leftover.suffixes[-2][1:])):  # another run that shares the cache may be writing its own
+            shutil.rmtree(leftover, ignore_errors=True)
     if (directory / "meta.json").is_file():
         taps = check_identity(directory, target, taps)
     else:
@@ -265,7 +269,7 @@ def _write_shard(
 ) -> None:
     """Writes one shard under a temporary name and renames it."""
     number = max((int(path.name) for path in _shard_paths(directory)), default=-1) + 1
-    temporary = directory / f"{number:05}.partial"
+    temporary = directory / f"{number:05}.{os.getpid()}.partial"
     temporary.mkdir()
     arrays = [arrays for _, arrays in shard]
     for name in PER_TOKEN:
@@ -302,7 +306,26 @@ def _identity(target: Target, taps: Sequence[int]) -> dict[str, Any]:
         "num_layers": config.num_layers,
         "vocab_size": config.vocab_size,
         "taps": list(taps),
+        "weights": _fingerprint(target.params),
     }
+
+
+def _fingerprint(params: Any) -> str:
+    """A checksum of some of the weights: other weights by the same name have other features."""
+    checksum = 0
+    for weight in jax.tree.leaves(params)[:: max(len(jax.tree.leaves(params)) // 8, 1)]:
+        checksum = zlib.crc32(np.asarray(weight.reshape(-1)[:256], np.float32).tobytes(), checksum)
+    return f"{checksum:08x}"
+
+
+def _running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return pid != os.getpid()
 
 
 def check_identity(directory: Path, target: Target, taps: Sequence[int]) -> list[int]:

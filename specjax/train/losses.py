@@ -45,17 +45,29 @@ class Frozen(NamedTuple):
         shared: the target's embedding, and the columns of its head for the tokens that are compared.
         kept: int32[V'], those tokens, increasing: the draft vocabulary, or the tokens that the loss looks at.
         target_head: dtype[D_t, V'], the same columns, which the target's own laws are computed by.
+        whole_head: dtype[D_t, V], all columns, where laws are to be the target's over its whole vocabulary; None for
+            laws over the tokens that are compared, as training has them.
     """
 
     shared: network.Shared
     kept: jax.Array
     target_head: jax.Array
+    whole_head: jax.Array | None = None
 
 
-def freeze(target_params: Any, kept: jax.Array, dtype: Any) -> Frozen:
+def freeze(target_params: Any, kept: jax.Array, dtype: Any, whole: bool = False) -> Frozen:
     """Frozen from the target's weights."""
     columns = target_params["head"][:, kept].astype(dtype)
-    return Frozen(network.Shared(target_params["embedding"].astype(dtype), columns), kept, columns)
+    whole_head = target_params["head"].astype(dtype) if whole else None
+    return Frozen(network.Shared(target_params["embedding"].astype(dtype), columns), kept, columns, whole_head)
+
+
+def _target_law(frozen: Frozen, final: jax.Array) -> jax.Array:
+    """Log-probabilities float32[R, T, V'] of the target for the tokens that are compared."""
+    logits = project(final, frozen.target_head)
+    everything = logits if frozen.whole_head is None else project(final, frozen.whole_head)
+    total = jax.nn.logsumexp(everything, axis=-1, keepdims=True)
+    return jax.lax.stop_gradient(logits - total)
 
 
 def loss_fn(
@@ -81,12 +93,11 @@ def loss_fn(
 
     Returns:
         The loss float32[], and metrics: accuracy float32[U], how often a step's best token is the target's; acceptance
-        float32[U], mean of sum min(p, q) over the tokens that are compared, 0 where the target's best is none of them;
+        float32[U], mean of sum min(p, q), p the target's law over the tokens compared, or with whole_head over all;
         expected_acceptance_length float32[], 1 + the mean length of the chains of U best tokens that are the target's
         (of greedy decoding, where the text is the target's own greedy answer); loss_by_step float32[U].
     """
-    target_logits = project(batch.final, frozen.target_head)
-    target_law = jax.lax.stop_gradient(jax.nn.log_softmax(target_logits))
+    target_law = _target_law(frozen, batch.final)
     rank = jnp.full(config.layer.vocab_size, -1, jnp.int32).at[frozen.kept].set(jnp.arange(frozen.kept.size))
     best = rank[batch.best]
     attention = _causal(batch)
@@ -126,7 +137,7 @@ def loss_fn(
         survived += _mean(chain, _weights(batch, 1 + num_unrolled, 0.0))
         losses.append(loss)
         accuracies.append(_mean(correct, counted))
-        acceptances.append(_mean(acceptance * (label >= 0), counted))
+        acceptances.append(_mean(acceptance, counted))
     decays = settings.step_decay ** jnp.arange(num_unrolled)
     total = (jnp.stack(losses) * decays).sum() / decays.sum()
     metrics: dict[str, jax.Array] = {
@@ -153,7 +164,7 @@ def draft_model_loss(
     causal = _causal(batch)
     _, hidden = forward(config, params, batch.tokens, batch.positions, causal, (), jnp.float32)
     logits = project(hidden, params["head"][:, frozen.kept])
-    teacher = jax.lax.stop_gradient(jax.nn.log_softmax(project(batch.final, frozen.target_head)))
+    teacher = _target_law(frozen, batch.final)
     rank = jnp.full(config.vocab_size, -1, jnp.int32).at[frozen.kept].set(jnp.arange(frozen.kept.size))
     label = rank[batch.best]
     distance, acceptance = _distance(settings.kind, teacher, jax.nn.log_softmax(logits))
@@ -162,7 +173,7 @@ def draft_model_loss(
     accuracy = _mean(jnp.argmax(logits, axis=-1) == label, counted)
     metrics = {
         "accuracy": accuracy[None],
-        "acceptance": _mean(acceptance * (label >= 0), counted)[None],
+        "acceptance": _mean(acceptance, counted)[None],
         "expected_acceptance_length": 1.0 + accuracy,
         "loss_by_step": loss[None],
     }

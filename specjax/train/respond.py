@@ -1,6 +1,7 @@
 """The respond command: the target's answers to training prompts, from a config."""
 
 import dataclasses
+import json
 import os
 import time
 from pathlib import Path
@@ -9,9 +10,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from specjax.checkpoints.load import Target, load_target
-from specjax.errors import ConfigError
+from specjax.errors import ConfigError, SpecJAXError
 from specjax.evaluate.prompts import load_prompts
-from specjax.evaluate.run import plain_dict, prepare_workdir
+from specjax.evaluate.run import plain_dict, prepare_workdir, write_json
 from specjax.generate import SpeculativeDecoder
 from specjax.train import responses
 
@@ -62,7 +63,9 @@ def respond(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any =
     """
     prepare_workdir(Path(workdir))
     fields = plain_dict(config)
-    name, dtype = fields.pop("target"), fields.pop("dtype") or None
+    name, dtype = fields.pop("target", ""), fields.pop("dtype", "") or None
+    if not name:
+        raise ConfigError("target='': expected the model that answers, such as 'smollm2-135m-instruct'.")
     settings = respond_config(fields)
     target = load_target(name, dtype=dtype)
     return answer(settings, target, Path(workdir) / FILE, progress)
@@ -89,6 +92,7 @@ def answer(settings: RespondConfig, target: Target, path: Path, progress: Any = 
         raise ConfigError("prompts='': expected the path of a JSONL file of prompts to answer.")
     if target.tokenizer is None:
         raise ConfigError(f"target={target.name!r}: has no tokenizer, which prompts need; add its tokenizer files.")
+    _check_same_answers(path.with_suffix(".config.json"), settings, target)
     prompts = load_prompts(settings.prompts, settings.num_prompts)
     known = len(responses.read(path)) if path.is_file() else 0
     total, num_tokens, began = sum(len(prompt.turns) for prompt in prompts), 0, time.perf_counter()
@@ -107,3 +111,24 @@ def answer(settings: RespondConfig, target: Target, path: Path, progress: Any = 
         "tokens": sum(len(response.response) for response in found),
         "tokens_per_second": num_tokens / (time.perf_counter() - began),
     }
+
+
+def _check_same_answers(path: Path, settings: RespondConfig, target: Target) -> None:
+    """Answers of one file come from one target with one set of settings; more prompts may be added.
+
+    Raises:
+        SpecJAXError: the file beside this one holds answers of others.
+    """
+    content: dict[str, Any] = {"target": target.name, "dtype": str(target.params["embedding"].dtype)}
+    content |= {name: getattr(settings, name) for name in ("max_tokens", "max_prompt_tokens")}
+    content["temperatures"] = list(settings.temperatures)
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for name in content:
+            if before.get(name) != content[name]:
+                raise SpecJAXError(
+                    f"{path.parent}: holds answers with {name}={before.get(name)!r}, but this config has "
+                    f"{content[name]!r}; choose another folder or remove them."
+                )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, content)

@@ -110,6 +110,8 @@ def _one_turn(
     with path.open("a", encoding="utf-8") as file:
         for completion in completions(decoder, [tokens for _, _, tokens in asked], params):
             name, category, tokens = asked[completion.index]
+            if completion.finish_reason == "error":
+                continue  # logits that were not finite: nothing to learn from
             response = Response(name, category, tokens, completion.token_ids, completion.finish_reason)
             file.write(json.dumps(response._asdict(), separators=(",", ":")) + "\n")
             file.flush()

@@ -111,7 +111,7 @@ class DraftModelStudent:
         return losses.draft_model_loss(self.config, settings, params, frozen, batch)
 
 
-def student_for(target: ModelConfig, method: str, **fields: Any) -> Student:
+def student_for(target: ModelConfig, method: str = "", **fields: Any) -> Student:
     """What config.head describes. A draft model's fields are those of its ModelConfig: width, num_layers, num_heads,
     num_kv_heads, mlp_width.
 
@@ -119,7 +119,11 @@ def student_for(target: ModelConfig, method: str, **fields: Any) -> Student:
         ConfigError: a wrong field.
     """
     if method != "draft_model":
-        return HeadStudent(for_target(target, method, **fields))  # type: ignore[arg-type]
+        config = for_target(target, method, **fields)  # type: ignore[arg-type]
+        if config.method != "eagle3" and config.layer.num_layers > 1:
+            num = config.layer.num_layers
+            raise ConfigError(f"head.num_layers={num}: expected 1 for {method}; the formats have no names for more.")
+        return HeadStudent(config)
     sizes = ("width", "num_layers", "num_heads", "num_kv_heads", "mlp_width")
     for name in sizes:
         if not isinstance(fields.get(name), int) or fields[name] < 1:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -232,6 +233,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], progress: Any = 
     found = _training_responses(config, target, workdir, progress)
     store = _open_store(config, target, student, found, workdir, progress)
     trainer = Trainer(config, workdir, target, student, store)
+    # Not before: a run that was refused leaves the folder free for a corrected one.
+    write_json(workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config))))
     return trainer.run(progress)
 
 
@@ -252,11 +255,15 @@ class Trainer:
             raise ConfigError("responses: hold no token to learn from; expected answers of the target.")
         size = student.draft_vocab_size if self.reduced else config.loss_vocab_size
         self.vocabulary = data.choose_vocabulary(counts, size) if size else None
+        if config.init_from:
+            inherited = _inherited_vocabulary(config.init_from, student)
+            self.vocabulary = self.vocabulary if inherited is None else inherited
         self.facts: dict[str, float] = {"sequences": len(trained), "sequence_tokens": int(store.lengths[trained].sum())}
         if self.vocabulary is not None:
             unseen = data.count_tokens(store, held_out, target.config.vocab_size)
             self.facts["coverage"] = data.coverage(self.vocabulary, counts)
             self.facts["coverage_held_out"] = data.coverage(self.vocabulary, unseen)
+        self.data_digest = _digest(store, self.vocabulary)
         rows = data.Rows(store, trained, config.data.length, config.seed)
         self.batches = iter(data.batches(rows, config.data.rows, config.seed))
         mesh = Mesh(np.array(jax.devices()[: config.mesh]), ("data",))
@@ -269,6 +276,10 @@ class Trainer:
         kept = np.arange(target.config.vocab_size, dtype=np.int32) if self.vocabulary is None else self.vocabulary
         frozen = losses.freeze(target.params, jnp.asarray(kept), self.compute_dtype)
         self.frozen = jax.device_put(frozen, self.replicated)
+        # Validation asks what decoding will see: every token that the student can propose, and the target's whole law.
+        proposed = kept if self.reduced else np.arange(vocab_size, dtype=np.int32)
+        seen = losses.freeze(target.params, jnp.asarray(proposed), self.compute_dtype, whole=True)
+        self.frozen_to_validate = jax.device_put(seen, self.replicated)
         on_the_fly = config.features == "on_the_fly"
         self.target_params = jax.device_put(target.params, self.replicated) if on_the_fly else None
         self.target_config = target.config
@@ -328,12 +339,17 @@ class Trainer:
         if latest is None:
             state = jax.jit(self._init, out_shardings=self.replicated)(self.embedding)
             if self.config.init_from:
-                params = restore_params(self.config.init_from, shapes.params, self.replicated)
+                params = restore_params(self.config.init_from, shapes.params, self.replicated, "init_from")
                 state = state._replace(params=params)
             return state
         abstract = _with_sharding(shapes, self.replicated)
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()), run=ocp.args.JsonRestore())
         found = manager.restore(latest, args=arguments)
+        if found.run["data"] != self.data_digest:
+            raise SpecJAXError(
+                f"workdir={str(self.workdir)!r}: was trained on other sequences than responses, texts and "
+                "held_out_every give now; restore them, or start in a new workdir (init_from goes on from this head)."
+            )
         self.batches.set_state(found.run["batches"])
         self.num_tokens, self.seconds = found.run["num_tokens"], found.run["seconds"]
         return TrainState(**found.state)
@@ -343,7 +359,8 @@ class Trainer:
         return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
 
     def _save(self, manager: ocp.CheckpointManager, state: TrainState) -> None:
-        run = {"batches": self.batches.get_state(), "num_tokens": self.num_tokens, "seconds": self.seconds}
+        run = {"data": self.data_digest, "batches": self.batches.get_state()}
+        run |= {"num_tokens": self.num_tokens, "seconds": self.seconds}
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), run=ocp.args.JsonSave(run))
         manager.save(int(state.step), args=arguments)
 
@@ -389,7 +406,7 @@ class Trainer:
         return jax.tree.map(lambda x: x.astype(self.compute_dtype), arrays)
 
     def _validate(self, params: Any) -> dict[str, Any]:
-        """Means over the held-out batches, with as many draft steps as training ends with."""
+        """Means over the held-out batches, with as many draft steps as training ends with, of decoding's own laws."""
         if -1 not in self.programs:
             num_unrolled = max(num for _, num in self.config.unroll)
 
@@ -401,7 +418,7 @@ class Trainer:
 
             self.programs[-1] = jax.jit(evaluate)
         batches = (jax.device_put(batch, self.by_row) for batch in self.held_out)
-        found = [self.programs[-1](params, batch, self.frozen, self.target_params) for batch in batches]
+        found = [self.programs[-1](params, batch, self.frozen_to_validate, self.target_params) for batch in batches]
         return _means(jax.device_get(found))
 
     def _line(self, step: int, num_unrolled: int, pending: Sequence[Any]) -> dict[str, Any]:
@@ -504,42 +521,69 @@ def write_head(path: Path, fields: dict[str, Any], params: Any, vocabulary: np.n
     temporary.rename(path)
 
 
-def restore_params(path: str | os.PathLike[str], shapes: Any, sharding: Sharding) -> Any:
-    """The weights of a head that write_head wrote.
+def _digest(store: data.Store, vocabulary: np.ndarray | None) -> str:
+    """What of the data a checkpoint depends on: the sequences, and which token each output stands for."""
+    digest = hashlib.sha256(json.dumps([store.names, np.asarray(store.lengths).tolist()]).encode())
+    digest.update(b"" if vocabulary is None else np.asarray(vocabulary, np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def _inherited_vocabulary(path: str, student: Student) -> np.ndarray | None:
+    """The draft vocabulary of the head that training goes on from, after a look at what else that head is.
+
+    Raises:
+        ConfigError: there is no head, or it is another one than the config describes.
+    """
+    folder = Path(path)
+    if not (folder / "head.json").is_file():
+        raise ConfigError(f"init_from={path!r}: holds no head.json; expected the head/ folder of a training.")
+    theirs = json.loads((folder / "head.json").read_text(encoding="utf-8"))
+    ours = json.loads(json.dumps(student.fields()))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ConfigError(
+                f"init_from={path!r}: is a head with {name}={theirs.get(name)!r}, this config's has "
+                f"{ours.get(name)!r}; expected equal config.head fields."
+            )
+    vocabulary = folder / "vocabulary.npy"
+    return np.load(vocabulary) if vocabulary.is_file() else None
+
+
+def restore_params(path: str | os.PathLike[str], shapes: Any, sharding: Sharding, name: str = "source") -> Any:
+    """The weights of a head that write_head wrote. name: of the setting that gave the path, for messages.
 
     Raises:
         ConfigError: there is none, or it is of another shape.
     """
     folder = Path(path).absolute() / "params"
     if not folder.is_dir():
-        raise ConfigError(f"init_from={os.fspath(path)!r}: holds no params/; expected the head/ folder of a training.")
+        raise ConfigError(f"{name}={os.fspath(path)!r}: holds no params/; expected the head/ folder of a training.")
     with ocp.StandardCheckpointer() as checkpointer:
         try:
             return checkpointer.restore(folder, _with_sharding(shapes, sharding))
         except ValueError as error:
             raise ConfigError(
-                f"init_from={os.fspath(path)!r}: does not fit the head of this config ({error}); expected equal "
-                "config.head fields."
+                f"{name}={os.fspath(path)!r}: its weights do not have the shapes of its head ({error}); expected what "
+                "`specjax train` wrote."
             ) from error
 
 
 def _check_same_run(path: Path, config: TrainConfig) -> None:
-    """Writes config.json, or compares with that of the run before.
+    """Compares with the config.json of the run before, where there is one.
 
     Raises:
         SpecJAXError: they differ in what is learnt.
     """
+    if not path.is_file():
+        return
     content = json.loads(json.dumps(dataclasses.asdict(config)))
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        names = sorted((before.keys() | content.keys()) - set(MAY_CHANGE))
-        for name in names:
-            if before.get(name) != content.get(name):
-                raise SpecJAXError(
-                    f"workdir={str(path.parent)!r}: holds a training with {name}={before.get(name)!r}, but this config "
-                    f"has {content.get(name)!r}; choose another folder or remove it."
-                )
-    write_json(path, content)
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for name in sorted((before.keys() | content.keys()) - set(MAY_CHANGE)):
+        if before.get(name) != content.get(name):
+            raise SpecJAXError(
+                f"workdir={str(path.parent)!r}: holds a training with {name}={before.get(name)!r}, but this config "
+                f"has {content.get(name)!r}; choose another folder or remove it."
+            )
 
 
 def _training_responses(config: TrainConfig, target: Target, workdir: Path, progress: Any) -> list[responses.Response]:
