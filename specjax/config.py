@@ -323,7 +323,8 @@ class SpeculativeConfig(_Settings):
         None,
         "How the draft model picks its tokens: 'greedy' takes the most probable, 'probabilistic' samples with the "
         "row's sampling parameters. Default: 'probabilistic' for a draft model and 'hybrid', 'greedy' for n-grams, "
-        "which have no probabilities, and for the rules 'relaxed', 'typical-acceptance' and 'strict', by which heads are judged.",
+        "which have no probabilities, and for the rules 'relaxed', 'typical-acceptance' and 'strict', the last but one "
+        "of which is the default of heads.",
         expected="'greedy' or 'probabilistic' ('ngram' and 'relaxed' have only 'greedy')",
         remedy="name one of them or leave the field out",
     )
