@@ -29,11 +29,13 @@ HEADS = {
     "eagle": heads.for_target(TARGET, "eagle"),
     "eagle-bias-norms": heads.for_target(TARGET, "eagle", joining_bias=True, layernorms=True),
     "eagle3": heads.for_target(TARGET, "eagle3", taps=(0, 1, 3), draft_vocab_size=NUM_DRAFTABLE),
-    "eagle3-one-norm": heads.for_target(TARGET, "eagle3", norm_before_fc=True, norm_before_residual=True),
+    "eagle3-one-norm": heads.for_target(
+        TARGET, "eagle3", taps=(0, 1, 2), norm_before_fc=True, norm_before_residual=True
+    ),
     "eagle3-norms-layers": heads.for_target(
         TARGET, "eagle3", taps=(1, 2), fc_norm=True, norm_output=True, num_layers=2
     ),
-    "eagle3-own-embedding": heads.for_target(TARGET, "eagle3", own_embedding=True),
+    "eagle3-own-embedding": heads.for_target(TARGET, "eagle3", taps=(0, 1, 2), own_embedding=True),
     **{f"mtp-{wiring}": heads.for_target(TARGET, "mtp", wiring=wiring) for wiring in heads.WIRINGS},
     "mtp-two-blocks": heads.for_target(TARGET, "mtp", wiring="mimo", num_blocks=2),
     "mtp-own": heads.for_target(TARGET, "mtp", own_head=True, own_embedding=True),
@@ -167,8 +169,10 @@ def test_eagle3_in_its_own_dialect(tmp_path, nested):
     assert files.detect_method(tmp_path / "head") == "eagle3"
 
 
-def test_eagle3_without_layer_ids_reads_the_usual_ones():
-    assert HEADS["eagle3-one-norm"].taps == heads.default_taps(TARGET.num_layers)
+def test_eagle3_without_layer_ids_reads_the_usual_ones_where_the_target_has_so_many():
+    assert heads.default_taps(32) == (2, 16, 29)
+    with pytest.raises(ConfigError, match=r"head\.taps: the target has 3 layers"):
+        heads.for_target(TARGET, "eagle3")
 
 
 @pytest.mark.parametrize("wiring", heads.WIRINGS)

@@ -53,6 +53,7 @@ def copied(target):
     return SpeculativeDecoder(target, NGRAM)
 
 
+@pytest.mark.filterwarnings("ignore::specjax.DraftWarning")  # two random models hardly ever agree
 @pytest.mark.parametrize("system", ["drafted", "self_drafted", "copied"])
 def test_greedy_speculation_equals_greedy_decoding(system, plain, request):
     params = SamplingParams(max_tokens=40)
@@ -92,6 +93,7 @@ def test_a_target_that_drafts_for_itself_has_every_draft_accepted(self_drafted):
     assert metrics.acceptance_counts.tolist() == [2, 0, 0, 20]
 
 
+@pytest.mark.filterwarnings("ignore::specjax.DraftWarning")
 def test_sampled_speculation_has_the_frequencies_of_the_target(target):
     """Second token of 2000 seeded rows against the exact law, with sampled drafts of an unrelated model."""
     system = SpeculativeDecoder(target, draft_config(), draft=random_target(1), max_batch_size=250)

@@ -241,7 +241,7 @@ def test_a_head_beside_copies_drafts_only_where_some_row_does_not_copy():
         """For each row, whether drafting wrote behind its text."""
         state = it.start(texts, [COPIED] * 8)
         proposal, drafted, _ = it.round(it.params, state)
-        keys = [np.asarray(side.caches[0].keys[0]) for side in (state.drafter, drafted)]
+        keys = [np.asarray(side.other.caches[0].keys[0]) for side in (state.drafter, drafted)]
         return (keys[0] != keys[1]).any(axis=(1, 2, 3)), np.asarray(proposal.tokens)
 
     written, drafts = changed([repeating] * 7 + [[1]])
