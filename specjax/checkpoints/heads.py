@@ -5,7 +5,7 @@ import dataclasses
 import importlib.util
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -626,22 +626,10 @@ def write_draft_model(
         ConfigError: a directory that holds something else.
     """
     layer = to_hf(config) | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
-    speculator = speculators.SpeculatorsConfig(
-        algorithm="independent",
-        proposal_methods=[speculators.GreedyTokenProposalConfig(speculative_tokens=4)],
-        default_proposal_method="greedy",
-        verifier=speculators.VerifierConfig(name_or_path=target_name, architectures=[]),
-    )
+    speculator = _greedy_chain("independent", 4, target_name, [])
     written = speculators.IndependentSpeculatorConfig(**layer, speculators_config=speculator)
     written.dtype = jnp.dtype(dtype).name
-    tensors: dict[str, np.ndarray] = {}
-    for entry in hf.model_entries(config):
-        weight: Any = params
-        for part in entry.path:
-            weight = weight[part]
-        for name, array in zip(entry.names, entry.write(np.asarray(weight)), strict=True):
-            tensors[name] = np.ascontiguousarray(array).astype(jnp.dtype(dtype))
-    return _publish(Path(directory), tensors, written)
+    return _publish(Path(directory), dict(_as_tensors(hf.model_entries(config), params, dtype)), written)
 
 
 def tensors_of(
@@ -660,16 +648,21 @@ def tensors_of(
     if head.layer.num_layers > 1 and "{layer}" not in names.layer:
         raise ConfigError(f"num_layers={head.layer.num_layers}: expected 1, this format has no names for more layers.")
     tensors: dict[str, np.ndarray] = {}
-    for entry in _entries(head, names, num_layers):
-        weight: Any = params
+    for name, tensor in _as_tensors(_entries(head, names, num_layers), params, dtype):
+        if name in tensors and not np.array_equal(tensors[name], tensor):
+            raise ConfigError(f"params: blocks differ in {name!r}, which this format lets them share.")
+        tensors[name] = tensor
+    return tensors
+
+
+def _as_tensors(entries: Iterable[hf.Entry], params: Any, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and tensors of a file; a name comes once for each weight that shares it."""
+    for entry in entries:
+        weight = params
         for part in entry.path:
             weight = weight[part]
         for name, array in zip(entry.names, entry.write(np.asarray(weight)), strict=True):
-            tensor = np.ascontiguousarray(array).astype(jnp.dtype(dtype))
-            if name in tensors and not np.array_equal(tensors[name], tensor):
-                raise ConfigError(f"params: blocks differ in {name!r}, which this format lets them share.")
-            tensors[name] = tensor
-    return tensors
+            yield name, np.ascontiguousarray(array).astype(jnp.dtype(dtype))
 
 
 def _check_vocabulary(head: HeadConfig, vocabulary: np.ndarray | None) -> None:
@@ -695,12 +688,7 @@ def speculator_config(
     common: dict[str, Any] = {
         "transformer_layer_config": AutoConfig.for_model(layer.pop("model_type"), **layer),
         "tie_word_embeddings": False,
-        "speculators_config": speculators.SpeculatorsConfig(
-            algorithm=head.method,
-            proposal_methods=[speculators.GreedyTokenProposalConfig(speculative_tokens=num_speculative_tokens)],
-            default_proposal_method="greedy",
-            verifier=speculators.VerifierConfig(name_or_path=target_name, architectures=list(architectures)),
-        ),
+        "speculators_config": _greedy_chain(head.method, num_speculative_tokens, target_name, architectures),
     }
     if head.method == "eagle":
         return speculators.EagleSpeculatorConfig(
@@ -723,6 +711,17 @@ def speculator_config(
     if head.wiring != "qwen3_next":  # what the format means by mtp
         common["mtp_wiring"] = head.wiring
     return speculators.MTPSpeculatorConfig(num_nextn_predict_layers=head.num_blocks, **common)
+
+
+def _greedy_chain(
+    algorithm: str, num_speculative_tokens: int, target_name: str | None, architectures: Sequence[str]
+) -> speculators.SpeculatorsConfig:
+    return speculators.SpeculatorsConfig(
+        algorithm=algorithm,
+        proposal_methods=[speculators.GreedyTokenProposalConfig(speculative_tokens=num_speculative_tokens)],
+        default_proposal_method="greedy",
+        verifier=speculators.VerifierConfig(name_or_path=target_name, architectures=list(architectures)),
+    )
 
 
 def to_hf(layer: ModelConfig) -> dict[str, Any]:

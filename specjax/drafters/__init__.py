@@ -68,9 +68,7 @@ def _head(config: SpeculativeConfig, target: Target) -> tuple[Drafter, Any]:
     shared = Shared(target.params["embedding"], target.params["head"])
     weights = HeadWeights(loaded.params, shared, token_of)
     check_fit(loaded.config, weights, target, name)
-    limit, longest = config.max_model_len, target.config.max_position
-    if limit is not None and limit > longest:
-        raise ConfigError(f"SpeculativeConfig.max_model_len={limit}: expected at most {longest}, the target's context.")
+    limit = _checked_limit(config, target.config.max_position, "the target's context")
     sample = config.draft_sample_method == "probabilistic"
     G = config.num_speculative_tokens
     if "num_speculative_tokens" not in config.model_fields_set and not config.uses_synthetic_acceptance():
@@ -131,12 +129,7 @@ def draft_model_for(draft: Target, target: Target, config: SpeculativeConfig) ->
     if config.assistant_early_exit is not None:
         draft = _first_layers(draft, config.assistant_early_exit)
     longest = min(draft.config.max_position, target.config.max_position)
-    limit = config.max_model_len
-    if limit is not None and limit > longest:
-        raise ConfigError(
-            f"SpeculativeConfig.max_model_len={limit}: expected at most {longest}, the shorter context of draft and "
-            "target."
-        )
+    limit = _checked_limit(config, longest, "the shorter context of draft and target")
     if limit is None and longest < target.config.max_position:
         limit = longest
     drafter = draft_model(
@@ -147,6 +140,14 @@ def draft_model_for(draft: Target, target: Target, config: SpeculativeConfig) ->
         max_model_len=limit,
     )
     return drafter, draft.params
+
+
+def _checked_limit(config: SpeculativeConfig, longest: int, what: str) -> int | None:
+    """max_model_len, which may be at most `longest` positions; `what` says whose they are."""
+    limit = config.max_model_len
+    if limit is not None and limit > longest:
+        raise ConfigError(f"SpeculativeConfig.max_model_len={limit}: expected at most {longest}, {what}.")
+    return limit
 
 
 def _first_layers(draft: Target, num_layers: int) -> Target:

@@ -169,14 +169,10 @@ def param_axes(config: HeadConfig) -> Params:
 
 def _init_boxed(config: HeadConfig, key: jax.Array, dtype: jnp.dtype) -> Params:
     V, D = config.layer.vocab_size, config.layer.width
-
-    def run(key: jax.Array) -> Params:
-        shared = Shared(jnp.zeros((V, D), dtype), jnp.zeros((D, V), dtype))
-        features = jnp.zeros((1, 1, config.num_features, config.target_width), dtype)
-        params: Params = Head(config, dtype).init(key, shared, features, method="everything")["params"]
-        return params
-
-    return run(key)
+    shared = Shared(jnp.zeros((V, D), dtype), jnp.zeros((D, V), dtype))
+    features = jnp.zeros((1, 1, config.num_features, config.target_width), dtype)
+    params: Params = Head(config, dtype).init(key, shared, features, method="everything")["params"]
+    return params
 
 
 def fuse(config: HeadConfig, params: Params, features: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from specjax.errors import ConfigError
 from specjax.heads import network
 from specjax.heads.config import HeadConfig
 from specjax.target.families import ModelConfig, RopeScaling
-from specjax.train.students import DraftModelStudent, HeadStudent
+from specjax.train.students import DraftModelStudent, HeadStudent, Student
 from specjax.train.trainer import restore_params
 
 
@@ -28,7 +28,7 @@ def export(
     num_speculative_tokens: int = 0,
     dtype: str = "bfloat16",
 ) -> Path:
-    """Writes a head where SpecJAX, vLLM and the speculators package can load it.
+    """Writes a head in the speculators format, a draft model as a Hugging Face directory.
 
     Args:
         source: the workdir of a training or its head/ folder, or a checkpoint that SpecJAX reads.
@@ -87,7 +87,7 @@ def read_trained(folder: Path) -> tuple[HeadConfig | ModelConfig, network.Params
         layer["sliding_windows"] = tuple(layer["sliding_windows"])
         layer["rope_scaling"] = RopeScaling(**scaling) if scaling else None
         model = ModelConfig(**layer)
-        student: DraftModelStudent | HeadStudent = DraftModelStudent(model)
+        student: Student = DraftModelStudent(model)
         if fields["method"] != "draft_model":
             student = HeadStudent(HeadConfig(layer=model, **fields | {"taps": tuple(fields["taps"])}))
     except (OSError, ValueError, KeyError, TypeError) as error:

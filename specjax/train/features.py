@@ -17,6 +17,7 @@ import numpy as np
 
 from specjax.checkpoints.load import Target
 from specjax.errors import ConfigError
+from specjax.evaluate.run import write_json
 from specjax.target import decoder
 from specjax.target.families import ModelConfig
 from specjax.target.layers import project
@@ -201,7 +202,7 @@ def write(
     if (directory / "meta.json").is_file():
         taps = check_identity(directory, target, taps)
     else:
-        _write_json(directory / "meta.json", _identity(target, taps))
+        write_json(directory / "meta.json", _identity(target, taps))
     known = {name for path in _shard_paths(directory) for name in _read_json(path / "meta.json")["sequences"]}
     fresh = {sequence_name(response): response for response in responses}
     pending = sorted((len(_tokens(r, BUCKETS[-1])), name) for name, r in fresh.items() if name not in known)
@@ -279,7 +280,7 @@ def _write_shard(
     lengths = [len(a["tokens"]) for a in arrays]
     np.save(temporary / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
     counts = {"num_sequences": len(shard), "num_tokens": sum(lengths)}
-    _write_json(temporary / "meta.json", _identity(target, taps) | counts | {"sequences": [name for name, _ in shard]})
+    write_json(temporary / "meta.json", _identity(target, taps) | counts | {"sequences": [name for name, _ in shard]})
     temporary.rename(directory / f"{number:05}")
 
 
@@ -351,9 +352,3 @@ def check_identity(directory: Path, target: Target, taps: Sequence[int]) -> list
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)

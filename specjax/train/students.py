@@ -1,7 +1,7 @@
 """What can be trained: a draft head, or a small language model for the draft_model method."""
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,35 +16,6 @@ from specjax.train import losses
 Metrics = dict[str, jax.Array]
 
 
-class Student(Protocol):
-    """What the trainer needs to know of what it trains: static and hashable."""
-
-    @property
-    def taps(self) -> tuple[int, ...]:
-        """Target layers whose entering states it reads."""
-
-    @property
-    def draft_vocab_size(self) -> int:
-        """Tokens that it can propose."""
-
-    def fields(self) -> dict[str, Any]:
-        """What head.json says of it."""
-
-    def init(self, key: jax.Array, embedding: jax.Array) -> Any:
-        """float32 weights to begin with, given the target's embedding dtype[V, D_t]."""
-
-    def loss(
-        self,
-        settings: losses.LossSettings,
-        params: Any,
-        frozen: losses.Frozen,
-        batch: Any,
-        num_unrolled: int,
-        key: jax.Array | None = None,
-    ) -> tuple[jax.Array, Metrics]:
-        """See losses.loss_fn."""
-
-
 @dataclasses.dataclass(frozen=True)
 class HeadStudent:
     """A head of any method."""
@@ -53,16 +24,20 @@ class HeadStudent:
 
     @property
     def taps(self) -> tuple[int, ...]:
+        """Target layers whose entering states it reads."""
         return self.config.taps
 
     @property
     def draft_vocab_size(self) -> int:
+        """Tokens that it can propose."""
         return self.config.draft_vocab_size
 
     def fields(self) -> dict[str, Any]:
+        """What head.json says of it."""
         return dataclasses.asdict(self.config)
 
     def init(self, key: jax.Array, embedding: jax.Array) -> Any:
+        """float32 weights to begin with, given the target's embedding dtype[V, D_t]."""
         return network.init(self.config, key, jnp.float32)
 
     def loss(
@@ -74,12 +49,13 @@ class HeadStudent:
         num_unrolled: int,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, Metrics]:
+        """See losses.loss_fn."""
         return losses.loss_fn(self.config, settings, params, frozen, batch, num_unrolled, key)
 
 
 @dataclasses.dataclass(frozen=True)
 class DraftModelStudent:
-    """A language model of the target's vocabulary with a tied head."""
+    """A language model of the target's vocabulary with a tied head; the same attributes and methods as HeadStudent."""
 
     config: ModelConfig
     taps: tuple[int, ...] = ()
@@ -108,7 +84,12 @@ class DraftModelStudent:
         num_unrolled: int,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, Metrics]:
+        """See losses.draft_model_loss."""
         return losses.draft_model_loss(self.config, settings, params, frozen, batch)
+
+
+Student = HeadStudent | DraftModelStudent
+"""What the trainer trains: static and hashable."""
 
 
 def student_for(target: ModelConfig, method: str = "", **fields: Any) -> Student:

@@ -234,7 +234,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], progress: Any = 
     store = _open_store(config, target, student, found, workdir, progress)
     trainer = Trainer(config, workdir, target, student, store)
     # Not before: a run that was refused leaves the folder free for a corrected one.
-    write_json(workdir / "config.json", json.loads(json.dumps(dataclasses.asdict(config))))
+    write_json(workdir / "config.json", dataclasses.asdict(config))
     return trainer.run(progress)
 
 
@@ -254,10 +254,9 @@ class Trainer:
         if not counts.sum():
             raise ConfigError("responses: hold no token to learn from; expected answers of the target.")
         size = student.draft_vocab_size if self.reduced else config.loss_vocab_size
-        self.vocabulary = data.choose_vocabulary(counts, size) if size else None
-        if config.init_from:
-            inherited = _inherited_vocabulary(config.init_from, student)
-            self.vocabulary = self.vocabulary if inherited is None else inherited
+        self.vocabulary = _inherited_vocabulary(config.init_from, student) if config.init_from else None
+        if self.vocabulary is None and size:
+            self.vocabulary = data.choose_vocabulary(counts, size)
         self.facts: dict[str, float] = {"sequences": len(trained), "sequence_tokens": int(store.lengths[trained].sum())}
         if self.vocabulary is not None:
             unseen = data.count_tokens(store, held_out, target.config.vocab_size)
