@@ -7,13 +7,17 @@ import jax.numpy as jnp
 UNROLLED_ROWS = 16
 """Up to so many rows a write is unrolled; beyond, a loop keeps the program small."""
 
+FEW_QUERIES = 8
+"""Up to so many queries a row, attention is bound by memory; beyond, by arithmetic."""
+
 BLOCK = 256
 """Most positions that attention reads at a time; capacities are multiples of it."""
 
 
-def cpu_block(rows: int) -> int:
-    """Positions that attention on CPU reads at a time: the block of a wide batch should stay in a core's cache."""
-    return BLOCK if rows <= UNROLLED_ROWS else BLOCK // 4
+def cpu_block(rows: int, queries: int) -> int:
+    """Positions that attention on CPU reads at a time: what many rows or queries make of them should stay in a core's
+    cache."""
+    return BLOCK if rows <= UNROLLED_ROWS and queries <= FEW_QUERIES else BLOCK // 4
 
 
 @flax.struct.dataclass

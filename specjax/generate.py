@@ -683,9 +683,8 @@ def _optional_rows(
     return rows
 
 
-def prefill_windows(num_positions: int) -> list[tuple[int, int]]:
-    """(start, size) of the windows that cover so many positions, sizes from PREFILL_BUCKETS."""
-    largest = PREFILL_BUCKETS[-1]
+def prefill_windows(num_positions: int, largest: int = PREFILL_BUCKETS[-1]) -> list[tuple[int, int]]:
+    """(start, size) of the windows that cover so many positions, sizes from PREFILL_BUCKETS up to the largest."""
     windows = [(start, largest) for start in range(0, num_positions - largest + 1, largest)]
     rest = num_positions - len(windows) * largest
     if rest:

@@ -15,7 +15,10 @@ from specjax.generate import FINISH_REASONS, Request, SpeculativeDecoder, batch_
 from specjax.step import RUNNING, DecodeState
 
 REFILL_ROWS = 8
-"""Prompts that are prefilled together before they take their rows."""
+"""Prompts that are prefilled together before they take their rows: a row that is free waits for others."""
+
+PREFILL_WINDOW = 128
+"""Positions that are prefilled at once: so many rows fill the hardware with few, and prompts are padded less."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,9 @@ def completions(
         )
     by_capacity: dict[int, list[Request]] = collections.defaultdict(list)
     for request in sorted(requests, key=lambda request: len(request.tokens)):
-        prefilled = max((start + size for start, size in prefill_windows(len(request.tokens) - 1)), default=0)
+        prefilled = max(
+            (start + size for start, size in prefill_windows(len(request.tokens) - 1, PREFILL_WINDOW)), default=0
+        )
         by_capacity[kv.round_capacity(max(request.longest(decoder), prefilled))].append(request)
     for capacity, group in sorted(by_capacity.items()):
         yield from _decode_group(decoder, group, capacity, requests, rounds)
@@ -75,8 +80,7 @@ def _decode_group(
     state = programs.init(params, batch_rows(decoder, (), batch, capacity, peers))
     while waiting or held:
         free = [row for row in range(batch) if row not in held]
-        while waiting and free:
-            num = min(REFILL_ROWS, len(waiting), len(free))
+        while waiting and len(free) >= (num := min(REFILL_ROWS, batch, len(waiting))):
             newcomers, rows = [waiting.popleft() for _ in range(num)], free[:num]
             free = free[num:]
             state = _place(decoder, state, newcomers, rows, capacity, peers)
@@ -100,7 +104,8 @@ def _place(
     """Prefills newcomers in a state of their own and moves them to their rows."""
     programs, params = decoder.programs, decoder.params
     fresh = programs.init(params, batch_rows(decoder, newcomers, REFILL_ROWS, capacity, peers))
-    for start, size in prefill_windows(max(len(request.tokens) for request in newcomers) - 1):
+    longest = max(len(request.tokens) for request in newcomers)
+    for start, size in prefill_windows(longest - 1, PREFILL_WINDOW):
         fresh = programs.prefill(params, fresh, start, size)
     nowhere = decoder.max_batch_size
     slots = np.full(REFILL_ROWS, nowhere, np.int32)

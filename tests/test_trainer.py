@@ -25,7 +25,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[3]))
 from ml_collections import ConfigDict
 from specjax.train import features, trainer
-features.FORWARD_TOKENS = 256
+features.FORWARD_ROWS = 2
 
 def progress(done, total, description):
     if description.startswith("loss") and done == int(sys.argv[4]):
@@ -38,7 +38,7 @@ trainer.train(config, sys.argv[2], progress)
 
 @pytest.fixture(autouse=True)
 def small_forward_passes(monkeypatch):
-    monkeypatch.setattr(features, "FORWARD_TOKENS", 256)
+    monkeypatch.setattr(features, "FORWARD_ROWS", 2)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def curve(workdir: Path) -> list[dict]:
 def uninterrupted(folder):
     """The workdir of a whole run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "FORWARD_TOKENS", 256)
+        patch.setattr(features, "FORWARD_ROWS", 2)
         run(folder, folder / "whole")
     return folder / "whole"
 

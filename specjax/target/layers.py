@@ -114,9 +114,9 @@ def attend(
     Returns:
         dtype[B, T, N * H].
     """
-    on_cpu = functools.partial(
-        _attend, sliding_window=sliding_window, size=kv.cpu_block(queries.shape[0]), keys_first=True
-    )
+    rows, num = queries.shape[:2]
+    size, few = kv.cpu_block(rows, num), num <= kv.FEW_QUERIES
+    on_cpu = functools.partial(_attend, sliding_window=sliding_window, size=size, keys_first=few)
     elsewhere = functools.partial(_attend, sliding_window=sliding_window, size=kv.BLOCK, keys_first=False)
     attended: jax.Array = jax.lax.platform_dependent(queries, keys, values, start, cpu=on_cpu, default=elsewhere)
     return attended

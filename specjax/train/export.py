@@ -92,9 +92,7 @@ def read_trained(folder: Path) -> tuple[HeadConfig | ModelConfig, network.Params
             student = HeadStudent(HeadConfig(layer=model, **fields | {"taps": tuple(fields["taps"])}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder / 'head.json'}: {error}; expected what `specjax train` writes.") from error
-    embedding = jax.ShapeDtypeStruct((model.vocab_size, model.width), jnp.float32)
-    shapes = jax.eval_shape(student.init, jax.random.key(0), embedding)
-    params = restore_params(folder, shapes, SingleDeviceSharding(jax.devices()[0]))
+    params = restore_params(folder, student.param_shapes(), SingleDeviceSharding(jax.devices()[0]))
     if isinstance(student, DraftModelStudent):
         return model, params | {"head": params["embedding"].T}, None
     path = folder / "vocabulary.npy"

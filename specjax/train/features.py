@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from specjax import cache as kv
 from specjax.checkpoints.load import Target
 from specjax.errors import ConfigError
 from specjax.evaluate.run import write_json
@@ -23,11 +24,14 @@ from specjax.target.families import ModelConfig
 from specjax.target.layers import project
 from specjax.train.responses import Response
 
-BUCKETS = (128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-"""Lengths that sequences are padded to; longer ones lose what lies behind the last."""
+LONGEST = 4096
+"""Longer sequences lose what lies behind."""
 
-FORWARD_TOKENS = 4096
-"""Tokens of one forward pass, padding included."""
+FORWARD_ROWS = 8
+"""Sequences that go through the target together."""
+
+WINDOW = 128
+"""Positions that go through it at once: the attention of so many stays in a CPU's caches."""
 
 SHARD_TOKENS = 32768
 """Tokens after which a shard is closed: about what a kill loses."""
@@ -60,8 +64,12 @@ def target_features(
     T = tokens.shape[1]
     mask = (segments[:, :, None] == segments[:, None, :]) & jnp.tril(jnp.ones((T, T), bool))
     tapped, final = decoder.forward(config, params, tokens, positions, mask, taps, jnp.float32)
-    stacked = jnp.stack(tapped, axis=2) if tapped else jnp.zeros((*tokens.shape, 0, config.width), final.dtype)
-    return stacked, final, _best_tokens(params["head"], final)
+    return _stacked(tapped, final), final, _best_tokens(params["head"], final)
+
+
+def _stacked(tapped: Sequence[jax.Array], like: jax.Array) -> jax.Array:
+    """Taps as one array [B, T, n, D]; none leave n = 0."""
+    return jnp.stack(tapped, axis=2) if tapped else jnp.zeros((*like.shape[:2], 0, like.shape[-1]), like.dtype)
 
 
 def _best_tokens(head: jax.Array, final: jax.Array) -> jax.Array:
@@ -130,7 +138,7 @@ class FeatureCache:
 class TokenStore:
     """The same sequences without features: for training that runs the target itself. See FeatureCache."""
 
-    def __init__(self, responses: Sequence[Response], max_length: int = BUCKETS[-1]):
+    def __init__(self, responses: Sequence[Response], max_length: int = LONGEST):
         self._responses = responses
         self._max_length = max_length
         self.lengths = np.array([len(_tokens(response, max_length)) for response in responses], np.int64)
@@ -148,7 +156,7 @@ class TokenStore:
         return {name: array[:length] for name, array in arrays.items()}
 
 
-def token_arrays(response: Response, max_length: int = BUCKETS[-1]) -> dict[str, np.ndarray]:
+def token_arrays(response: Response, max_length: int = LONGEST) -> dict[str, np.ndarray]:
     """tokens int32[t], loss_mask bool[t] (True in the response) and positions int32[t] of a response."""
     tokens = _tokens(response, max_length)
     index = np.arange(len(tokens), dtype=np.int32)
@@ -205,11 +213,12 @@ def write(
         write_json(directory / "meta.json", _identity(target, taps))
     known = {name for path in _shard_paths(directory) for name in _read_json(path / "meta.json")["sequences"]}
     fresh = {sequence_name(response): response for response in responses}
-    pending = sorted((len(_tokens(r, BUCKETS[-1])), name) for name, r in fresh.items() if name not in known)
+    pending = sorted((len(_tokens(r, LONGEST)), name) for name, r in fresh.items() if name not in known)
     pending = [item for item in pending if item[0]]
     total, done, began = sum(length for length, _ in pending), 0, time.perf_counter()
     shard: list[tuple[str, dict[str, np.ndarray]]] = []
-    for number, names in enumerate(_batches(pending)):
+    for number, first in enumerate(range(0, len(pending), FORWARD_ROWS)):
+        names = [name for _, name in pending[first : first + FORWARD_ROWS]]
         arrays = [token_arrays(fresh[name]) for name in names]
         shard += zip(names, _compute(target, tuple(taps), arrays), strict=True)
         done += sum(len(array["tokens"]) for array in arrays)
@@ -223,46 +232,38 @@ def write(
             shard = []
 
 
-def bucket(length: int) -> int:
-    """The length that a sequence is padded to."""
-    return next(size for size in BUCKETS if size >= length)
-
-
-def _batches(pending: Sequence[tuple[int, str]]) -> Iterator[list[str]]:
-    """Names that go through the target together: of one bucket, no more tokens than FORWARD_TOKENS."""
-    batch: list[str] = []
-    size = 0
-    for length, name in pending:
-        if batch and (bucket(length) != size or len(batch) == max(1, FORWARD_TOKENS // size)):
-            yield batch
-            batch = []
-        size = bucket(length)
-        batch.append(name)
-    if batch:
-        yield batch
-
-
 def _compute(
     target: Target, taps: tuple[int, ...], sequences: Sequence[dict[str, np.ndarray]]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Adds best, final and taps to token arrays of one bucket."""
-    size = bucket(max(len(arrays["tokens"]) for arrays in sequences))
-    shape = max(1, FORWARD_TOKENS // size), size
-    tokens, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    """Adds best, final and taps to the token arrays of at most FORWARD_ROWS sequences."""
+    longest = max(len(arrays["tokens"]) for arrays in sequences)
+    starts = range(0, longest, WINDOW)
+    tokens = np.zeros((FORWARD_ROWS, len(starts) * WINDOW), np.int32)
     for row, arrays in enumerate(sequences):
         tokens[row, : len(arrays["tokens"])] = arrays["tokens"]
-        segments[row, : len(arrays["tokens"])] = 1
-    tapped, final, best = jax.device_get(_forward(target.config, target.params, tokens, segments, taps))
+    capacity = kv.round_capacity(tokens.shape[1])
+    cache = decoder.init_cache(target.config, FORWARD_ROWS, capacity, jnp.dtype(jnp.float32))
+    windows = []
+    for start in starts:
+        part = tokens[:, start : start + WINDOW]
+        found, cache = _forward(target.config, target.params, part, np.int32(start), cache, taps)
+        windows.append(jax.device_get(found))
+    tapped, final, best = (np.concatenate(parts, axis=1) for parts in zip(*windows, strict=True))
     for row, arrays in enumerate(sequences):
         used = row, slice(len(arrays["tokens"]))
         yield arrays | {"best": best[used], "final": final[used], "taps": tapped[used]}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _forward(config: ModelConfig, params: decoder.Params, tokens: Any, segments: Any, taps: tuple[int, ...]) -> Any:
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    tapped, final, best = target_features(config, params, tokens, positions, segments, taps)
-    return tapped.astype(jnp.bfloat16), final.astype(jnp.bfloat16), best
+@functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=4)
+def _forward(
+    config: ModelConfig, params: decoder.Params, tokens: Any, start: Any, cache: kv.KVCache, taps: tuple[int, ...]
+) -> Any:
+    """What target_features gives, taps and states as bfloat16, of a window whose history the cache holds."""
+    starts = jnp.full(tokens.shape[0], start)
+    output = decoder.apply(config, params, tokens, starts, cache, taps, with_logits=False)
+    narrow = functools.partial(jnp.asarray, dtype=jnp.bfloat16)
+    best = _best_tokens(params["head"], output.final)
+    return (narrow(_stacked(output.taps, output.final)), narrow(output.final), best), output.cache
 
 
 def _write_shard(

@@ -36,9 +36,18 @@ class HeadStudent:
         """What head.json says of it."""
         return dataclasses.asdict(self.config)
 
-    def init(self, key: jax.Array, embedding: jax.Array) -> Any:
-        """float32 weights to begin with, given the target's embedding dtype[V, D_t]."""
-        return network.init(self.config, key, jnp.float32)
+    def init(self, key: jax.Array, target_params: Any, kept: jax.Array) -> Any:
+        """float32 weights to begin with: random, but for the target's final norm and its head for kept int32[V']."""
+        params = network.init(self.config, key, jnp.float32)
+        if self.config.own_head:
+            params["head"] = target_params["head"][:, kept].astype(jnp.float32)
+        for index in range(self.config.num_blocks if self.config.norm_output else 0):
+            params[f"block_{index}"]["output_norm"] = target_params["final_norm"].astype(jnp.float32)
+        return params
+
+    def param_shapes(self) -> Any:
+        """The same as jax.ShapeDtypeStruct."""
+        return network.param_shapes(self.config)
 
     def loss(
         self,
@@ -67,13 +76,16 @@ class DraftModelStudent:
     def fields(self) -> dict[str, Any]:
         return {"method": "draft_model", "layer": dataclasses.asdict(self.config)}
 
-    def init(self, key: jax.Array, embedding: jax.Array) -> Any:
+    def init(self, key: jax.Array, target_params: Any, kept: jax.Array) -> Any:
         """Random layers; the embedding is the target's in the directions in which that varies most."""
         params = decoder.init(self.config, key, jnp.float32)
         del params["head"]
-        wide = embedding.astype(jnp.float32)
+        wide = target_params["embedding"].astype(jnp.float32)
         _, directions = jnp.linalg.eigh(wide.T @ wide)
         return params | {"embedding": wide @ directions[:, -self.config.width :]}
+
+    def param_shapes(self) -> Any:
+        return {name: shape for name, shape in decoder.param_shapes(self.config).items() if name != "head"}
 
     def loss(
         self,

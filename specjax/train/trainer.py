@@ -282,7 +282,7 @@ class Trainer:
         on_the_fly = config.features == "on_the_fly"
         self.target_params = jax.device_put(target.params, self.replicated) if on_the_fly else None
         self.target_config = target.config
-        self.embedding = target.params["embedding"]
+        self.begin_with = {name: target.params[name] for name in ("embedding", "head", "final_norm")}, frozen.kept
         self.programs: dict[int, Any] = {}
         self.flops: dict[int, float] = {}
         self.num_tokens = 0
@@ -333,10 +333,10 @@ class Trainer:
 
     def _restore_or_init(self, manager: ocp.CheckpointManager) -> TrainState:
         """The last checkpoint's state, and the data and counters brought to it; else a new state."""
-        shapes = jax.eval_shape(self._init, self.embedding)
+        shapes = jax.eval_shape(self._init, *self.begin_with)
         latest = manager.latest_step()
         if latest is None:
-            state = jax.jit(self._init, out_shardings=self.replicated)(self.embedding)
+            state = jax.jit(self._init, out_shardings=self.replicated)(*self.begin_with)
             if self.config.init_from:
                 params = restore_params(self.config.init_from, shapes.params, self.replicated, "init_from")
                 state = state._replace(params=params)
@@ -353,8 +353,8 @@ class Trainer:
         self.num_tokens, self.seconds = found.run["num_tokens"], found.run["seconds"]
         return TrainState(**found.state)
 
-    def _init(self, embedding: jax.Array) -> TrainState:
-        params = self.student.init(jax.random.key(self.config.seed), embedding)
+    def _init(self, target_params: Any, kept: jax.Array) -> TrainState:
+        params = self.student.init(jax.random.key(self.config.seed), target_params, kept)
         return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32))
 
     def _save(self, manager: ocp.CheckpointManager, state: TrainState) -> None:
