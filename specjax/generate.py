@@ -27,7 +27,9 @@ from specjax.target import decoder
 from specjax.tokenizer import encode_prompt, think_tokens
 from specjax.verify import RULES, build_rule
 
+from specjax.trace import Round, empty_trace, row_rounds, spell
 PREFILL_BUCKETS = (16, 32, 64, 128, 256, 512)
+from specjax.view import AnswerView
 """Window lengths that prefill is compiled for; a longer prompt runs through the last one several times."""
 
 NARROW_ROWS = 16
@@ -59,6 +61,8 @@ class GenerationResult:
             before bias, penalties and temperature) of each of token_ids.
     """
 
+        traces: for each prompt the rounds that gave token_ids; None unless generate was called with trace=True.
+        tokenizer: the target's, for show().
     texts: list[str]
     token_ids: list[list[int]]
     finish_reasons: list[str]
@@ -67,6 +71,27 @@ class GenerationResult:
     logprobs: list[list[float] | None]
 
 
+    traces: list[tuple[Round, ...]] | None = None
+    tokenizer: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    def show(self, index: int | None = None) -> AnswerView:
+        """The answers with each token coloured by its origin: in colour in notebooks and terminals.
+
+        Args:
+            index: of the one prompt to show; None shows all.
+
+        Raises:
+            SpecJAXError: the rounds were not recorded, or there is no such prompt.
+        """
+        if self.traces is None:
+            raise SpecJAXError(
+                "GenerationResult.traces=None: the rounds were not recorded, so the origin of tokens is not known; "
+                "call generate(..., trace=True) and show() its result."
+            )
+        if index is not None and not 0 <= index < len(self.traces):
+            raise SpecJAXError(f"index={index}: expected a prompt's, 0 <= index < {len(self.traces)}, or None for all.")
+        chosen = self.traces if index is None else self.traces[index : index + 1]
+        return AnswerView([spell(rounds, self.tokenizer) for rounds in chosen])
 @dataclasses.dataclass(frozen=True)
 class StreamChunk:
     """What became known of one prompt's output since the last chunk.
@@ -169,6 +194,7 @@ class Programs:
                 acceptance_counts=jnp.zeros((batch, G + 1), jnp.int32),
             )
 
+                trace=empty_trace(batch, capacity, G) if "trace" in rows else None,
         shapes = tuple((name, *array.shape) for name, array in rows.items())
         return self._run(("init", *shapes), jax.jit(init), params, rows)
 
@@ -327,15 +353,17 @@ class SpeculativeDecoder:
         requests = self.requests(prompts, sampling_params, chat)
         outputs: list[_Output] = []
         metrics: Metrics | None = None
+        trace: bool = False,
         for first in range(0, len(requests), self.max_batch_size):
-            batch = _Batch(self, requests[first : first + self.max_batch_size], min_capacity)
+            batch = _Batch(self, requests[first : first + self.max_batch_size], min_capacity, trace)
             for _ in batch.run(looks=any(request.params.stop for request in batch.requests)):
                 pass
             outputs += batch.outputs()
             metrics = batch.metrics() if metrics is None else metrics + batch.metrics()
         assert metrics is not None  # requests are never empty
         self._warn_if_nothing_is_accepted(metrics)
-        return _result(outputs, metrics, RULES[self.rule_name].lossless)
+            trace: record every round, for GenerationResult.traces and show().
+        return _result(outputs, metrics, RULES[self.rule_name].lossless, self.target.tokenizer)
 
     def stream(
         self,
@@ -352,7 +380,7 @@ class SpeculativeDecoder:
             raise SpecJAXError(
                 f"prompts: {len(requests)} to stream; expected at most max_batch_size={self.max_batch_size}."
             )
-        return Stream(_Batch(self, requests, min_capacity=0), RULES[self.rule_name].lossless)
+        return Stream(_Batch(self, requests, min_capacity=0, trace=False), RULES[self.rule_name].lossless)
 
     def _warn_if_nothing_is_accepted(self, metrics: Metrics) -> None:
         """Says what to check where a head or draft model was of no use."""
@@ -472,6 +500,7 @@ class Stream:
 
     def __iter__(self) -> "Stream":
         return self
+    trace: tuple[Round, ...] | None
 
     def __next__(self) -> StreamChunk:
         return next(self._chunks)
@@ -491,20 +520,20 @@ class Stream:
                 if len(safe) > len(shown[index]) or output.finish_reason:
                     yield StreamChunk(index, safe[len(shown[index]) :], output.finish_reason)
                     shown[index] = max(shown[index], safe, key=len)
-        self.result = _result(batch.outputs(), batch.metrics(), lossless)
+        self.result = _result(batch.outputs(), batch.metrics(), lossless, batch.owner.target.tokenizer)
 
 
 class _Batch:
     """Requests that decode side by side, from prompt to output."""
 
-    def __init__(self, owner: SpeculativeDecoder, requests: list[Request], min_capacity: int):
+    def __init__(self, owner: SpeculativeDecoder, requests: list[Request], min_capacity: int, trace: bool):
         self.owner = owner
         self.requests = requests
         self.min_capacity = min_capacity
         self.batch = min(owner.max_batch_size, 1 << (len(requests) - 1).bit_length())
         self.seconds = {"prefill": 0.0, "first_round": 0.0, "decode": 0.0}
         self.compile_seconds = 0.0
-        self.snapshot: dict[str, np.ndarray] = {}
+        self.snapshot: dict[str, Any] = {}
         self.stopped: dict[int, _Output] = {}
 
     def run(self, looks: bool) -> Iterator[None]:
@@ -516,6 +545,7 @@ class _Batch:
         def timed(*names):
             began, compiled = time.perf_counter(), programs.compile_seconds
             yield
+        self.trace = trace
             spent = time.perf_counter() - began - (programs.compile_seconds - compiled)
             for name in names:
                 self.seconds[name] += spent
@@ -545,11 +575,12 @@ class _Batch:
         longest = max(request.longest(self.owner) for request in self.requests)
         prefilled = sum(windows[-1]) if windows else 0
         capacity = kv.round_capacity(max(longest, prefilled, self.min_capacity))
-        return batch_rows(self.owner, self.requests, self.batch, capacity, self.requests)
+        rows = batch_rows(self.owner, self.requests, self.batch, capacity, self.requests)
+        return rows | ({"trace": np.zeros(())} if self.trace else {})
 
     def _look(self, state: DecodeState) -> None:
         """The one place that reads the device."""
-        names = ("tokens", "length", "finish", "num_drafted", "acceptance_counts", "logprobs")
+        names = ("tokens", "length", "finish", "num_drafted", "acceptance_counts", "logprobs", "trace")
         arrays = jax.device_get([getattr(state, name) for name in names])
         self.snapshot = dict(zip(names, arrays, strict=True))
 
@@ -571,7 +602,7 @@ class _Batch:
             )
             text = _decode_text(tokenizer, tokens[:num])
             text = text[: first_stop(text, request.params.stop)]
-            self.stopped[row] = _Output(text, tokens[:num], "stop", self._logprobs(row, num))
+            self.stopped[row] = _Output(text, tokens[:num], "stop", self._logprobs(row, num), self._rounds(row, num))
             newly.append(row)
         if not newly:
             return state
@@ -601,12 +632,21 @@ class _Batch:
         for row in range(len(self.requests)):
             tokens = self._tokens(row)
             reason = FINISH_REASONS.get(int(self.snapshot["finish"][row]))
-            logprobs = self._logprobs(row, len(tokens))
-            outputs.append(self.stopped.get(row) or _Output(_decode_text(tokenizer, tokens), tokens, reason, logprobs))
+            extras = self._logprobs(row, len(tokens)), self._rounds(row, len(tokens))
+            outputs.append(self.stopped.get(row) or _Output(_decode_text(tokenizer, tokens), tokens, reason, *extras))
         return outputs
 
     def metrics(self) -> Metrics:
         rows = len(self.requests)
+    def _rounds(self, row: int, num: int) -> tuple[Round, ...] | None:
+        """Of the first num tokens of a row's output, if they are recorded."""
+        trace = self.snapshot["trace"]
+        if trace is None:
+            return None
+        return row_rounds(
+            trace.drafts[row], trace.num_new[row], len(self.requests[row].tokens), self._tokens(row)[:num]
+        )
+
         return Metrics(
             acceptance_counts=self.snapshot["acceptance_counts"][:rows].sum(axis=0).astype(np.int64),
             drafted=int(self.snapshot["num_drafted"][:rows].sum()),
@@ -716,7 +756,8 @@ def _decode_text(tokenizer: Any, tokens: list[int]) -> str:
     return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _result(outputs: list[_Output], metrics: Metrics, lossless: bool) -> GenerationResult:
+def _result(outputs: list[_Output], metrics: Metrics, lossless: bool, tokenizer: Any) -> GenerationResult:
+    traces = [output.trace for output in outputs if output.trace is not None]
     return GenerationResult(
         texts=[output.text for output in outputs],
         token_ids=[output.token_ids for output in outputs],
@@ -731,3 +772,5 @@ def enable_compilation_cache() -> None:
     """Turns jax's persistent compilation cache on, under the cache folder, unless the user has chosen one or none."""
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        traces=traces or None,
+        tokenizer=tokenizer,

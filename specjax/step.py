@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from specjax.control import narrowest_window
 from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal
 from specjax.sampling import SamplingState, adjust, record_log_probability
+from specjax.trace import Trace, record_round
 from specjax.verify import Rule, Verdict, round_uniforms
 
 RUNNING, STOP, LENGTH, ERROR = 0, 1, 2, 3
@@ -73,6 +74,7 @@ class DecodeState(flax.struct.PyTreeNode):
         Counts:
         num_drafted: int32[B], drafts proposed in rounds of running rows.
         acceptance_counts: int32[B, G + 1], rounds in which 1 + so many tokens were committed.
+        trace: what each round proposed and committed; None where nobody asks.
     """
 
     tokens: jax.Array
@@ -86,6 +88,7 @@ class DecodeState(flax.struct.PyTreeNode):
     drafter: Any
     num_drafted: jax.Array
     acceptance_counts: jax.Array
+    trace: Trace | None = None
 
     @property
     def done(self) -> jax.Array:
@@ -189,4 +192,5 @@ def commit(
         drafter=system.drafter.observe(params.drafter, state.drafter, context, scores.features, num_new),
         num_drafted=state.num_drafted + jnp.where(num_new > 0, proposal.num_drafts, 0),
         acceptance_counts=state.acceptance_counts + counted,
+        trace=record_round(state.trace, state.length, proposal.tokens, num_new),
     )
