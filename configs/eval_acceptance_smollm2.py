@@ -17,7 +17,9 @@ def get_config() -> ConfigDict:
     config.prompts = "built_in"
     config.chat = True
     config.num_prompts = 0
+    config.categories = ()
     config.repeats = 1
+    config.batch_size = 1
     config.sampling = ConfigDict(
         {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 128, "seed": 0}
     )

@@ -15,14 +15,19 @@ def get_config() -> ConfigDict:
     config.target = "smollm2-135m-instruct"
     # float32, bfloat16 or float16; empty for float32 on CPU and bfloat16 on accelerators.
     config.dtype = "float32"
-    # built_in, or a JSONL file of {"id", "category", "turns": [text, ...]}; the first turn is used.
+    # A set that comes with SpecJAX (built_in, spec_bench_odd, mt_bench_odd, humaneval_first80, gsm8k_test_100), or a
+    # JSONL file of {"id", "category", "turns": [text, ...]}. Turns are answered one after the other.
     config.prompts = "built_in"
-    # Whether prompts go through the model's chat template.
-    config.chat = True
-    # Use only so many prompts; 0 for all.
+    # Use only prompts of these categories; () for all. On the command line: --config.categories="('qa',)".
+    config.categories = ()
+    # Use only the first so many of them; 0 for all.
     config.num_prompts = 0
-    # Times that each prompt is decoded with each method; the fastest counts.
+    # Whether prompts go through the model's chat template; without it, turns and answers are joined by blank lines.
+    config.chat = True
+    # Times that each turn is decoded with each method; the fastest counts, the spread is reported.
     config.repeats = 3
+    # 1 decodes prompt by prompt; more decode that many rows by continuous batching.
+    config.batch_size = 1
     # Fields of SamplingParams, the same for all methods. Texts are compared only at temperature 0.
     config.sampling = ConfigDict(
         {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 128, "seed": 0}
@@ -39,4 +44,17 @@ def get_config() -> ConfigDict:
             },
         }
     )
+    # Other libraries measured in the same run, prompt by prompt at temperature 0, where they are installed:
+    # "transformers", "transformers-lookup", "transformers-assisted", "vllm".
+    config.compare = ()
+    # The draft model of transformers-assisted: a Hugging Face directory or hub id.
+    config.assistant = ""
+    # Measure what scoring T tokens and drafting K cost, and predict the speed-up of every K from that.
+    config.costs = False
+    # Batch sizes of the cost curve, besides 1 and batch_size.
+    config.cost_batches = ()
+    # Measure how a round's time divides into propose, score, verify and commit.
+    config.profile = False
+    # Tokens in the cache where costs and profile are measured.
+    config.step_context = 200
     return config

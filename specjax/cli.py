@@ -60,7 +60,8 @@ def run_generate(arguments: list[str]) -> int:
         raise ConfigError('--prompt: is missing; expected a text, such as --prompt "Name three primary colours."')
     from specjax.checkpoints.load import load_target
     from specjax.config import SamplingParams, SpeculativeConfig
-    from specjax.evaluate.run import check_finite, plain_dict
+    from specjax.evaluate.files import plain_dict
+    from specjax.evaluate.run import check_finite
     from specjax.generate import SpeculativeDecoder
 
     sampling = SamplingParams.model_validate(plain_dict(config.sampling))

@@ -1,6 +1,7 @@
 """What the README claims of speed, measured: ratios within one run, best of several interleaved repeats."""
 
 import functools
+import importlib.util
 import os
 import time
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from specjax.config import SamplingParams, SpeculativeConfig
 from specjax.drafters.base import Proposal
 from specjax.errors import SpecJAXError
 from specjax.evaluate import compare
+from specjax.evaluate.environment import device_name
+from specjax.evaluate.files import plain_dict, prepare_workdir, write_json
 from specjax.evaluate.prompts import load_prompts
-from specjax.evaluate.run import check_finite, device_name, plain_dict, prepare_workdir, write_json
+from specjax.evaluate.run import check_finite
 from specjax.generate import SpeculativeDecoder, narrow_options
 from specjax.sampling import SamplingState
 from specjax.target import decoder
@@ -106,12 +109,13 @@ def _decoding_systems(config: ConfigDict, target: Target) -> dict[str, Callable[
     for name, fields in config.methods.items():
         systems[name] = ours(SpeculativeConfig.model_validate(plain_dict(fields)), 1)
     systems[f"plain, batch {config.batch}"] = ours(None, config.batch)
-    other = compare.transformers_generate(pretrained.resolve(config.target), config.max_tokens)
-    if other is not None:
+    if importlib.util.find_spec("torch") is not None:
+        model = compare.load_transformers(pretrained.resolve(config.target), str(target.dtype))
+        other = compare.transformers_generate(model, config.max_tokens, target.config.max_position)
 
         def transformers(prompt: str) -> tuple[int, float]:
-            output, spent = other(encode_prompt(target.tokenizer, prompt, config.chat))
-            return len(output) - 1, spent
+            result = other(encode_prompt(target.tokenizer, prompt, config.chat))
+            return result.timed_tokens, result.decode_seconds
 
         systems["transformers"] = transformers
     return systems

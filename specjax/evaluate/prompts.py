@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -11,9 +12,13 @@ BUILT_IN = "built_in"
 
 SETS = {
     BUILT_IN: ("specjax.evaluate", "prompts/built_in.jsonl"),
+    "spec_bench_odd": ("specjax.evaluate", "prompts/spec_bench_odd.jsonl"),
+    "mt_bench_odd": ("specjax.evaluate", "prompts/mt_bench_odd.jsonl"),
+    "humaneval_first80": ("specjax.evaluate", "prompts/humaneval_first80.jsonl"),
+    "gsm8k_test_100": ("specjax.evaluate", "prompts/gsm8k_test_100.jsonl"),
     "built_in_training": ("specjax.train", "prompts/training.jsonl"),
 }
-"""Prompts that come with SpecJAX: to evaluate on, and to train on. They have nothing in common."""
+"""Prompts that come with SpecJAX: to evaluate on, and to train on. The last have nothing in common with the others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +41,15 @@ class Prompt:
         return self.turns[0]
 
 
-def load_prompts(name_or_path: str, num_prompts: int = 0) -> list[Prompt]:
-    """A built-in set, or a file of {"id", "category", "turns": [text, ...]} lines; num_prompts 0 takes all.
+def load_prompts(name_or_path: str, num_prompts: int = 0, categories: Sequence[str] = ()) -> list[Prompt]:
+    """A set that comes with SpecJAX, or a file of {"id", "category", "turns": [text, ...]} lines.
+
+    Args:
+        num_prompts: only the first so many, of the categories asked for; 0 takes all.
+        categories: only prompts of these; none takes all.
 
     Raises:
-        SpecJAXError: no such file, or a line that isn't such an object; names the line.
+        SpecJAXError: no such file or category, or a line that isn't such an object; names the line.
     """
     if num_prompts < 0:
         raise SpecJAXError(f"num_prompts={num_prompts}: expected 0 (all) or a positive number.")
@@ -68,6 +77,14 @@ def load_prompts(name_or_path: str, num_prompts: int = 0) -> list[Prompt]:
         if prompt.id in seen:
             raise SpecJAXError(f"prompts={name_or_path!r}: id {prompt.id!r} occurs twice; expected unique ids.")
         seen.add(prompt.id)
+    if categories:
+        known = dict.fromkeys(prompt.category for prompt in prompts)
+        for category in categories:
+            if category not in known:
+                raise SpecJAXError(
+                    f"categories: {category!r} is not in prompts={name_or_path!r}; expected some of {', '.join(known)}."
+                )
+        prompts = [prompt for prompt in prompts if prompt.category in categories]
     return prompts[:num_prompts] if num_prompts else prompts
 
 

@@ -1,37 +1,51 @@
 """One evaluation: prompts decoded plainly and with each method, interleaved; results on disk as they are measured."""
 
+import contextlib
 import dataclasses
-import hashlib
-import json
 import os
-import platform
-import tempfile
-from collections.abc import Iterator
-from importlib import metadata
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from specjax.checkpoints.load import Target, load_target
-from specjax.config import SamplingParams, SpeculativeConfig
 from specjax.errors import ConfigError, SpecJAXError
-from specjax.evaluate.oracle import compare_greedy
+from specjax.evaluate import costs, environment
+from specjax.evaluate.compare import Generate, comparisons
+from specjax.evaluate.experiment import PLAIN, Experiment, identity
+from specjax.evaluate.files import write_json
 from specjax.evaluate.prompts import Prompt, load_prompts
+from specjax.evaluate.results import Answer, Pass, Results
+from specjax.evaluate.summary import Run, fastest, summarise
 from specjax.generate import GenerationResult, SpeculativeDecoder
 from specjax.metrics import Metrics
+from specjax.slots import Completions, completions
 from specjax.tokenizer import encode_prompt
-from specjax.verify import RULES
+from specjax.trace import spell
 
-PLAIN = "plain"
+REFRESH_SECONDS = 60.0
+"""Time between two writings of summary.json while a run goes on."""
+
+BATCH_ROUNDS = 8
+"""Rounds of a batch between two looks for rows that have finished."""
+
+NUM_EXAMPLES = 6
+
+Progress = Callable[[int, int, str], None]
+Measured = TypeVar("Measured")
 
 
-def evaluate(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any = None) -> dict[str, Any]:
+def evaluate(config: ConfigDict, workdir: str | os.PathLike[str], progress: Progress | None = None) -> dict[str, Any]:
     """Runs the experiment that a config describes and writes results.jsonl and summary.json into workdir.
 
-    Every result is appended and synced as it is measured; the same command again goes on where it stopped.
+    Every result is appended and synced as it is measured; the same command again goes on where it stopped. After
+    Ctrl-C summary.json holds what there is. What fails is recorded, and the run goes on.
+
+    Prompts of several turns are answered turn by turn. The history of a turn holds plain decoding's own answers of
+    repeat 0, for every method and every repeat, so that all of them decode the same prompt.
 
     Args:
         config: see configs/eval_smollm2.py, which comments on every field.
@@ -43,216 +57,305 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any 
     Raises:
         SpecJAXError: a bad config, an unwritable workdir, or one that holds results of another experiment.
     """
-    sampling = SamplingParams.model_validate(plain_dict(config.sampling))
-    methods = {name: SpeculativeConfig.model_validate(plain_dict(fields)) for name, fields in config.methods.items()}
-    if PLAIN in methods:
-        raise ConfigError(f"config.methods.{PLAIN}: the name is taken by plain decoding; choose another.")
-    if config.repeats < 1:
-        raise ConfigError(f"config.repeats={config.repeats}: expected an integer >= 1.")
-    prompts = load_prompts(config.prompts, config.num_prompts)
-    results = Results(Path(workdir), identity(config, prompts))
-    target = load_target(config.target, dtype=config.dtype or None)
-    decoders = {PLAIN: SpeculativeDecoder(target, None, max_batch_size=1)}
-    decoders |= {name: SpeculativeDecoder(target, method, max_batch_size=1) for name, method in methods.items()}
-
-    for decoder in decoders.values():
-        decoder.generate(
-            [prompts[0].text], sampling, config.chat
-        )  # warm-up; compilation is never counted, whenever it happens
-    total = len(prompts) * len(decoders) * config.repeats
-    for prompt in prompts:
-        for repeat in range(config.repeats):
-            for name, decoder in decoders.items():
-                if (prompt.id, name, repeat) not in results:
-                    results.append(measure(decoder, prompt, sampling, config.chat, name, repeat))
-                if progress:
-                    progress(len(results), total, f"{name} on {prompt.id}")
-    summary = summarise(target, config, prompts, methods, results, sampling)
-    write_json(Path(workdir) / "summary.json", summary)
-    return summary
+    experiment = Experiment.from_config(config)
+    prompts = load_prompts(experiment.prompts, experiment.num_prompts, experiment.categories)
+    results = Results(Path(workdir), identity(experiment, prompts), environment.source_commit())
+    target = load_target(experiment.target, dtype=experiment.dtype or None)
+    if target.tokenizer is None:
+        raise ConfigError(f"config.target={experiment.target!r}: has no tokenizer; expected its files beside it.")
+    evaluation = _Evaluation(experiment, target, prompts, results, Path(workdir), progress)
+    try:
+        evaluation.measure()
+        evaluation.measure_extras()
+    except KeyboardInterrupt:
+        evaluation.write_summary(finished=False)
+        raise
+    return evaluation.write_summary(finished=True)
 
 
-def measure(
-    decoder: SpeculativeDecoder, prompt: Prompt, sampling: SamplingParams, chat: bool, name: str, repeat: int
-) -> dict[str, Any]:
-    """One prompt decoded once, as a line of results.jsonl.
+class _Evaluation:
+    """A run in progress."""
 
-    Raises:
-        SpecJAXError: logits were not finite.
-    """
-    result = decoder.generate([prompt.text], sampling, chat)
-    check_finite(result, decoder.target.name)
-    metrics = result.metrics
-    return {
-        "prompt": prompt.id,
-        "category": prompt.category,
-        "method": name,
-        "repeat": repeat,
-        "token_ids": result.token_ids[0],
-        "text": result.texts[0],
-        "finish_reason": result.finish_reasons[0],
-        "acceptance_counts": metrics.acceptance_counts.tolist(),
-        "drafted": metrics.drafted,
-        "prefill_seconds": metrics.prefill_seconds,
-        "decode_seconds": metrics.decode_seconds,
-        "first_round_seconds": metrics.first_round_seconds,
-        "compile_seconds": metrics.compile_seconds,
-    }
+    def __init__(
+        self,
+        experiment: Experiment,
+        target: Target,
+        prompts: list[Prompt],
+        results: Results,
+        workdir: Path,
+        progress: Progress | None,
+    ):
+        self.experiment, self.target, self.prompts, self.results = experiment, target, prompts, results
+        self.workdir, self.progress = workdir, progress
+        batch = experiment.batch_size
+        self.decoders = {PLAIN: SpeculativeDecoder(target, None, max_batch_size=batch)}
+        for name, method in experiment.methods.items():
+            self.decoders[name] = SpeculativeDecoder(target, method, max_batch_size=batch)
+        for decoder in self.decoders.values():
+            decoder.requests([[0]], experiment.sampling)  # a parameter that fits no prompt is an error at once,
+        self.others, not_run = comparisons(experiment, target)
+        self.run = Run(experiment, target, prompts, results, self.prompt_tokens, not_run)
+        self.total = len(self.run.units) * experiment.repeats * len([*self.decoders, *self.others])
+        self.running: dict[str, Metrics] = {}
+        self.encoded: dict[tuple[str, int], list[int]] = {}
+        self.refreshed = self.mark = time.perf_counter()
+        self.prompt_tokens(prompts[0], 0)  # and so is a missing chat template
 
+    def prompt_tokens(self, prompt: Prompt, turn: int) -> list[int]:
+        """The token ids of a turn, earlier turns and plain decoding's answers to them included.
 
-class Results:
-    """The lines of results.jsonl, on disk as soon as they are known; those of an earlier run are read back."""
+        Raises:
+            SpecJAXError: an earlier turn has no answer, or the chat template refuses the messages.
+        """
+        key = prompt.id, turn
+        if key not in self.encoded:
+            texts = []
+            for earlier in range(turn):
+                answer = self.results.answers.get((prompt.id, earlier, PLAIN, 0))
+                if answer is None or answer.error is not None:
+                    raise SpecJAXError(f"turn {earlier} of prompt {prompt.id!r} has no answer that this could follow.")
+                texts += [prompt.turns[earlier], answer.text]
+            texts.append(prompt.turns[turn])
+            asked: Any = "\n\n".join(texts)
+            if self.experiment.chat:
+                asked = [
+                    {"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)
+                ]
+            self.encoded[key] = encode_prompt(self.target.tokenizer, asked, self.experiment.chat)
+        return self.encoded[key]
 
-    def __init__(self, workdir: Path, config: dict[str, Any]):
-        self.path = workdir / "results.jsonl"
-        self.lines: dict[tuple[str, str, int], dict[str, Any]] = {}
-        prepare_workdir(workdir)
-        self._check_config(workdir / "config.json", config)
-        for line in self._complete_lines():
-            self.lines[line["prompt"], line["method"], line["repeat"]] = line
-
-    def _check_config(self, path: Path, config: dict[str, Any]) -> None:
-        if not path.is_file():
-            write_json(path, config)
+    def measure(self) -> None:
+        """Measures what results.jsonl lacks."""
+        self.mark = time.perf_counter()
+        if self.experiment.batch_size == 1:
+            for prompt, turn in self.run.units:
+                for repeat in range(self.experiment.repeats):
+                    for name in [*self.decoders, *self.others]:
+                        if (prompt.id, turn, name, repeat) not in self.results.answers:
+                            self._keep(self._answer(prompt, turn, name, repeat))
+                        self._advance(name)
             return
-        try:
-            before = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise SpecJAXError(f"{path}: is damaged ({error}); choose another workdir or remove it.") from error
-        changed = [key for key in sorted(before.keys() | config.keys()) if before.get(key) != config.get(key)]
-        if changed:
-            raise SpecJAXError(
-                f"workdir={str(path.parent)!r}: holds results of another experiment ({changed[0]} was "
-                f"{before.get(changed[0])!r}, is {config.get(changed[0])!r}); choose another folder or remove it."
+        for turn in range(max(len(prompt.turns) for prompt in self.prompts)):
+            for repeat in range(self.experiment.repeats):
+                for name in self.decoders:
+                    if (turn, name, repeat) not in self.results.passes:
+                        self._keep(self._pass(turn, name, repeat))
+                    self._advance(name)
+
+    def _keep(self, measured: Answer | Pass) -> None:
+        """Writes a measurement down, with the time since the last one that was neither prefill, decoding nor compiling.
+
+        What writing takes counts for the next one.
+        """
+        now = time.perf_counter()
+        spent = measured.prefill_seconds + measured.decode_seconds + measured.compile_seconds
+        harness, self.mark = max(0.0, now - self.mark - spent), now
+        self.results.append(dataclasses.replace(measured, harness_seconds=harness))
+        metrics = measured.metrics
+        if metrics is not None and metrics.num_tokens:
+            name = measured.method
+            self.running[name] = self.running[name] + metrics if name in self.running else metrics
+
+    def _advance(self, name: str) -> None:
+        if time.perf_counter() - self.refreshed > REFRESH_SECONDS:
+            self.write_summary(finished=False)
+        if self.progress:
+            self.progress(len(self.results), self.total, _description(name, self.running.get(name)))
+
+    def _answer(self, prompt: Prompt, turn: int, name: str, repeat: int) -> Answer:
+        """One turn answered once by one method; what fails is an answer with an error."""
+        answer = Answer(prompt.id, turn, prompt.category, name, repeat)
+        if name in self.others:
+            try:
+                return _answer_of_another(self.others[name], self.prompt_tokens(prompt, turn), answer, self.target)
+            except Exception as error:  # another library's: any kind
+                return dataclasses.replace(answer, error=_text(error))
+        with _recorded() as errors:
+            return self._answer_of_ours(self.decoders[name], self.prompt_tokens(prompt, turn), answer)
+        return dataclasses.replace(answer, error=errors[0])
+
+    def _answer_of_ours(self, decoder: SpeculativeDecoder, tokens: list[int], answer: Answer) -> Answer:
+        def generate() -> tuple[GenerationResult, float]:
+            result = decoder.generate([tokens], self.experiment.sampling)
+            return result, result.metrics.compile_seconds
+
+        result, compile_seconds = _warmed_up(generate)
+        check_finite(result, self.target.name)
+        metrics = result.metrics
+        return dataclasses.replace(
+            answer,
+            token_ids=result.token_ids[0],
+            text=result.texts[0],
+            finish_reason=result.finish_reasons[0],
+            acceptance_counts=metrics.acceptance_counts.tolist(),
+            drafted=metrics.drafted,
+            prefill_seconds=metrics.prefill_seconds,
+            decode_seconds=metrics.decode_seconds,
+            first_round_seconds=metrics.first_round_seconds,
+            compile_seconds=compile_seconds,
+        )
+
+    def _pass(self, turn: int, name: str, repeat: int) -> Pass:
+        """One turn of every prompt that has it, through the rows of a batch."""
+        decoder = self.decoders[name]
+        answers: dict[str, Answer] = {}
+        asked: list[tuple[Answer, list[int]]] = []
+        for prompt in self.prompts:
+            if turn >= len(prompt.turns):
+                continue
+            answer = Answer(prompt.id, turn, prompt.category, name, repeat)
+            with _recorded() as errors:
+                tokens = self.prompt_tokens(prompt, turn)
+                decoder.requests([tokens], self.experiment.sampling)
+                asked.append((answer, tokens))
+            answers[prompt.id] = dataclasses.replace(answer, error=errors[0] if errors else None)
+        done = Pass(turn, name, repeat)
+        if asked:
+            with _recorded() as errors:
+                (found, stream), compile_seconds = _warmed_up(lambda: self._complete(decoder, asked))
+                answers |= found
+                done = Pass(turn, name, repeat, stream.prefill_seconds, stream.decode_seconds, compile_seconds)
+            for answer, _ in asked if errors else ():
+                answers[answer.prompt] = dataclasses.replace(answer, error=errors[0])
+        return dataclasses.replace(done, answers=list(answers.values()))
+
+    def _complete(
+        self, decoder: SpeculativeDecoder, prompts: list[tuple[Answer, list[int]]]
+    ) -> tuple[tuple[dict[str, Answer], Completions], float]:
+        """Answers by prompt, the iterator that they came from, which holds its times, and seconds of compiling."""
+        found = {}
+        stream = completions(decoder, [tokens for _, tokens in prompts], self.experiment.sampling, rounds=BATCH_ROUNDS)
+        for done in stream:
+            answer = prompts[done.index][0]
+            found[answer.prompt] = dataclasses.replace(
+                answer,
+                error=_not_finite(self.target.name) if done.finish_reason == "error" else None,
+                token_ids=done.token_ids,
+                text=_text_of(self.target, done.token_ids),
+                finish_reason=done.finish_reason,
+                acceptance_counts=done.acceptance_counts.tolist(),
+                drafted=done.drafted,
             )
+        return (found, stream), stream.compile_seconds
 
-    def _complete_lines(self) -> Iterator[dict[str, Any]]:
-        """What is on disk, less a last line that a kill cut short; that one is measured again."""
-        if not self.path.is_file():
-            return
-        text = self.path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            write_text(self.path, whole)
-        yield from map(json.loads, whole.splitlines())
+    def measure_extras(self) -> None:
+        """Measures what is measured once a run: costs, the profile, and the examples."""
+        experiment, extras = self.experiment, self.results.extras
+        methods = {name: (method, self.decoders[name]) for name, method in experiment.methods.items()}
+        if experiment.costs and "costs" not in extras:
+            self._say("costs")
+            batches = sorted({1, experiment.batch_size, *experiment.cost_batches})
+            measured = costs.measure_costs(
+                self.target, methods, self.decoders[PLAIN], self._context(), experiment.sampling, batches
+            )
+            self.results.append_extra("costs", measured)
+        if experiment.profile and "profile" not in extras:
+            self._say("profile")
+            profile = {}
+            for name, decoder in self.decoders.items():
+                spent = costs.phase_milliseconds(decoder, self._context(), experiment.sampling)
+                profile[name] = {f"{part}_ms": milliseconds for part, milliseconds in spent.items()}
+            self.results.append_extra("profile", profile)
+        if methods and "examples" not in extras:
+            self._say("examples")
+            self.results.append_extra("examples", list(self._examples()))
 
-    def append(self, line: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.lines[line["prompt"], line["method"], line["repeat"]] = line
+    def _say(self, what: str) -> None:
+        if self.progress:
+            self.progress(self.total, self.total, what)
 
-    def of(self, prompt: Prompt, method: str, repeats: int) -> list[dict[str, Any]]:
-        """A prompt's lines with a method, by repeat."""
-        return [self.lines[prompt.id, method, repeat] for repeat in range(repeats)]
+    def _context(self) -> list[int]:
+        """step_context token ids of the prompts' own text, again from the start where they are fewer."""
+        text = " ".join(prompt.text for prompt in self.prompts)
+        tokens = encode_prompt(self.target.tokenizer, text, False)
+        repeated = tokens * -(-self.experiment.step_context // len(tokens))
+        return repeated[: self.experiment.step_context]
 
-    def __contains__(self, key: tuple[str, str, int]) -> bool:
-        return key in self.lines
+    def _examples(self) -> Iterator[dict[str, Any]]:
+        """One answer a category, of the fastest method, round by round."""
 
-    def __len__(self) -> int:
-        return len(self.lines)
+        def rate(name: str) -> float:
+            measured = self.run.measured(name)
+            total = fastest(measured, measured)
+            return total.tokens_per_second if total else 0.0
 
+        name = max(self.experiment.methods, key=rate)
+        first = {prompt.category: prompt for prompt in reversed(self.prompts)}
+        for category in list(dict.fromkeys(prompt.category for prompt in self.prompts))[:NUM_EXAMPLES]:
+            prompt = first[category]
+            with _recorded():
+                sampling = self.experiment.sampling
+                result = self.decoders[name].generate([self.prompt_tokens(prompt, 0)], sampling, trace=True)
+                rounds = spell(result.traces[0], self.target.tokenizer) if result.traces else []
+                yield {
+                    "prompt": prompt.id,
+                    "category": category,
+                    "method": name,
+                    "question": prompt.text,
+                    "rounds": [round_._asdict() for round_ in rounds],
+                }
 
-def summarise(
-    target: Target,
-    config: ConfigDict,
-    prompts: list[Prompt],
-    methods: dict[str, SpeculativeConfig],
-    results: Results,
-    sampling: SamplingParams,
-) -> dict[str, Any]:
-    """The content of summary.json. Counts are summed over prompts and divided once; of repeats the fastest counts."""
-    plain = _total(prompts, PLAIN, results, config.repeats)
-    summary: dict[str, Any] = {
-        "target": config.target,
-        "dtype": str(target.dtype),
-        "device": device_name(),
-        "prompts": len(prompts),
-        "prompt_set": config.prompts,
-        "baseline": {"tokens_per_second": plain.tokens_per_second, "num_tokens": plain.num_tokens},
-        "methods": {},
-    }
-    for name, method in methods.items():
-        total = _total(prompts, name, results, config.repeats)
-        speedup = total.tokens_per_second / plain.tokens_per_second
-        row = {
-            "num_speculative_tokens": method.num_speculative_tokens,
-            "rule": method.rejection_sampling_strategy,
-            "lossless": RULES[method.rejection_sampling_strategy].lossless,
-            "acceptance_length": total.acceptance_length,
-            "acceptance_rate": total.acceptance_rate,
-            "acceptance_rate_by_position": total.acceptance_rate_by_position,
-            "acceptance_counts": total.acceptance_counts.tolist(),
-            "tokens_per_second": total.tokens_per_second,
-            "speedup": speedup,
-            "efficiency": speedup / total.acceptance_length,
-        }
-        compared = prompts if row["lossless"] and sampling.greedy and not sampling.adjusts_logits else []
-        found = [_agreement(target, prompt, name, results, config) for prompt in compared]
-        for kind in ("identical", "near_tie", "mismatch"):
-            row[kind] = found.count(kind) if compared else None
-        summary["methods"][name] = row
-    summary["by_category"] = _by_category(prompts, [PLAIN, *methods], results, config.repeats)
-    return summary
+    def write_summary(self, finished: bool) -> dict[str, Any]:
+        """Writes summary.json."""
+        summary = summarise(self.run, finished)
+        write_json(self.workdir / "summary.json", summary)
+        self.refreshed = time.perf_counter()
+        return summary
 
 
-def _total(prompts: list[Prompt], method: str, results: Results, repeats: int) -> Metrics:
-    fastest = [min(results.of(prompt, method, repeats), key=lambda line: line["decode_seconds"]) for prompt in prompts]
-    total = _metrics(fastest[0])
-    for line in fastest[1:]:
-        total += _metrics(line)
-    return total
+@contextlib.contextmanager
+def _recorded() -> Iterator[list[str]]:
+    """Takes down what went wrong with one measurement, so that the run can go on."""
+    errors: list[str] = []
+    try:
+        yield errors
+    except (SpecJAXError, jax.errors.JaxRuntimeError) as error:
+        errors.append(_text(error))
 
 
-def _metrics(line: dict[str, Any]) -> Metrics:
-    return Metrics(
-        acceptance_counts=np.array(line["acceptance_counts"]),
-        drafted=line["drafted"],
-        num_tokens=len(line["token_ids"]),
-        prefill_seconds=line["prefill_seconds"],
-        decode_seconds=line["decode_seconds"],
-        first_round_seconds=line["first_round_seconds"],
-        compile_seconds=line["compile_seconds"],
+def _warmed_up(run: Callable[[], tuple[Measured, float]]) -> tuple[Measured, float]:
+    """What a run gives, done again if something had to be compiled for it: the first time is then the warm-up.
+
+    Args:
+        run: gives its result and seconds of compiling.
+
+    Returns:
+        The result, and seconds of the warm-up; 0 without one.
+    """
+    began = time.perf_counter()
+    result, compile_seconds = run()
+    if not compile_seconds:
+        return result, 0.0
+    warming_up = time.perf_counter() - began
+    return run()[0], warming_up
+
+
+def _text(error: Exception) -> str:
+    return str(error).strip() or type(error).__name__
+
+
+def _text_of(target: Target, tokens: list[int]) -> str:
+    return target.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _answer_of_another(generate: Generate, tokens: list[int], answer: Answer, target: Target) -> Answer:
+    result = generate(tokens)
+    return dataclasses.replace(
+        answer,
+        token_ids=result.token_ids,
+        text=_text_of(target, result.token_ids),
+        finish_reason="stop" if result.token_ids[-1] in target.stop_token_ids else "length",
+        timed_tokens=result.timed_tokens,
+        prefill_seconds=result.prefill_seconds,
+        decode_seconds=result.decode_seconds,
     )
 
 
-def _agreement(target: Target, prompt: Prompt, method: str, results: Results, config: ConfigDict) -> str:
-    """The worst of a prompt's repeats against its first plain output."""
-    tokens = encode_prompt(target.tokenizer, prompt.text, config.chat)
-    plain = results.of(prompt, PLAIN, 1)[0]["token_ids"]
-    outputs = {tuple(line["token_ids"]) for line in results.of(prompt, method, config.repeats)}
-    found = {compare_greedy(target, tokens, plain, output) for output in outputs}
-    return next(kind for kind in ("mismatch", "near_tie", "identical") if kind in found)
-
-
-def _by_category(prompts: list[Prompt], names: list[str], results: Results, repeats: int) -> dict[str, Any]:
-    categories: dict[str, Any] = {}
-    for category in dict.fromkeys(prompt.category for prompt in prompts):
-        chosen = [prompt for prompt in prompts if prompt.category == category]
-        totals = {name: _total(chosen, name, results, repeats) for name in names}
-        categories[category] = {
-            name: {"tokens_per_second": total.tokens_per_second, "acceptance_length": total.acceptance_length}
-            for name, total in totals.items()
-        }
-    return categories
-
-
-def device_name() -> str:
-    """The kind and number of jax's devices; for CPU the processor and its cores."""
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{len(jax.devices())} x {device.device_kind}"
-    return f"cpu, {os.cpu_count()} cores, {_processor()}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+def _description(name: str, running: Metrics | None) -> str:
+    if running is None:
+        return name
+    accepted = f", {running.acceptance_length:.2f} tokens a round" if running.drafted else ""
+    return f"{name}: {running.tokens_per_second:.1f} tokens/s{accepted}"
 
 
 def check_finite(result: GenerationResult, name: str) -> None:
@@ -262,65 +365,11 @@ def check_finite(result: GenerationResult, name: str) -> None:
         SpecJAXError: there is one.
     """
     if "error" in result.finish_reasons:
-        raise SpecJAXError(
-            f"target={name!r}: gave logits that are not finite (NaN); expected numbers. The checkpoint may be damaged, "
-            "or dtype too narrow: try --config.dtype=float32."
-        )
+        raise SpecJAXError(_not_finite(name))
 
 
-def identity(config: ConfigDict, prompts: list[Prompt]) -> dict[str, Any]:
-    """What must be equal for measurements to belong together, as JSON gives it back."""
-    texts = json.dumps([dataclasses.astuple(prompt) for prompt in prompts])
-    versions = {name: metadata.version(name) for name in ("specjax", "jax", "jaxlib", "flax")}
-    parts = {
-        **plain_dict(config),
-        "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
-        "device": device_name(),
-        "versions": versions,
-    }
-    return json.loads(json.dumps(parts))
-
-
-def plain_dict(config: ConfigDict) -> dict[str, Any]:
-    """A ConfigDict as nested plain dicts, fields that are None left out."""
-    return {
-        key: plain_dict(value) if isinstance(value, ConfigDict) else value
-        for key, value in config.items()
-        if value is not None
-    }
-
-
-def prepare_workdir(workdir: Path) -> None:
-    """Makes the folder and tries to write to it.
-
-    Raises:
-        SpecJAXError: it can't be made or written to.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise SpecJAXError(
-            f"workdir={str(workdir)!r}: cannot be written to ({error.strerror}); choose a folder that can."
-        ) from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON to a temporary name and renames it; NaN (a ratio without a denominator) becomes null."""
-    write_text(path, json.dumps(_without_nan(content), indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes text to a temporary name beside path and renames it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def _without_nan(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and content != content else content
+def _not_finite(name: str) -> str:
+    return (
+        f"target={name!r}: gave logits that are not finite (NaN); expected numbers. The checkpoint may be damaged, "
+        "or dtype too narrow: try --config.dtype=float32."
+    )

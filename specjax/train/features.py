@@ -18,7 +18,7 @@ import numpy as np
 from specjax import cache as kv
 from specjax.checkpoints.load import Target
 from specjax.errors import ConfigError
-from specjax.evaluate.run import write_json
+from specjax.evaluate.files import write_json
 from specjax.target import decoder
 from specjax.target.families import ModelConfig
 from specjax.target.layers import project

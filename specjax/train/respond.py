@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from specjax.checkpoints.load import Target, load_target
 from specjax.errors import ConfigError, SpecJAXError
+from specjax.evaluate.files import plain_dict, prepare_workdir, write_json
 from specjax.evaluate.prompts import load_prompts
-from specjax.evaluate.run import plain_dict, prepare_workdir, write_json
 from specjax.generate import SpeculativeDecoder
 from specjax.train import responses
 

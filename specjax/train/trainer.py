@@ -22,8 +22,9 @@ from ml_collections import ConfigDict
 
 from specjax.checkpoints.load import Target, load_target
 from specjax.errors import ConfigError, SpecJAXError
+from specjax.evaluate.environment import device_name
+from specjax.evaluate.files import plain_dict, prepare_workdir, write_json, write_text
 from specjax.evaluate.prompts import load_prompts
-from specjax.evaluate.run import device_name, plain_dict, prepare_workdir, write_json, write_text
 from specjax.generate import enable_compilation_cache
 from specjax.train import data, features, losses, responses
 from specjax.train.respond import FILE, RespondConfig, answer, respond_config

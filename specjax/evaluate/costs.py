@@ -1,0 +1,303 @@
+"""What the parts of a round cost, and what speed-up follows from that and the measured acceptance."""
+
+import functools
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from specjax import cache as kv
+from specjax import step
+from specjax.checkpoints.load import Target
+from specjax.config import SamplingParams, SpeculativeConfig
+from specjax.errors import ConfigError
+from specjax.evaluate.oracle import prefilled_cache, row_starts
+from specjax.generate import NARROW_ROWS, SpeculativeDecoder, batch_rows, narrow_options, prefill_windows
+from specjax.metrics import Metrics
+from specjax.target import decoder
+
+REPEATS = 5
+"""Times that everything is measured, one after the other; the fastest counts."""
+
+SCORES = 8
+"""Passes of the target that are timed together."""
+
+FIRST_ROUNDS, ROUNDS = 4, 16
+"""Rounds before the clock starts, and rounds that are timed together."""
+
+PHASES = "propose", "score", "verify", "commit"
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def fastest_seconds(runs: Mapping[Key, Callable[[], float]], repeats: int = REPEATS) -> dict[Key, float]:
+    """The fastest of several measurements, which take turns so that a slow moment of the machine hits all."""
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(repeats):
+        for key, run in runs.items():
+            best[key] = min(best[key], run())
+    return best
+
+
+def score_milliseconds(
+    target: Target, tokens: Sequence[int], batches: Sequence[int], widths: Sequence[int]
+) -> list[list[float]]:
+    """What a pass of the target over a window costs.
+
+    Args:
+        tokens: token ids that each row's cache holds.
+        batches: rows.
+        widths: T, window lengths in tokens.
+
+    Returns:
+        Milliseconds [batch][width].
+    """
+    runs: dict[tuple[int, int], Callable[[], float]] = {}
+    for batch in batches:
+        options = narrow_options() if batch <= NARROW_ROWS else None
+        forward = functools.partial(decoder.apply, target.config)
+        score = jax.jit(forward, donate_argnums=3, compiler_options=options)
+        held = [prefilled_cache(target, tokens, batch, max(widths))]
+        for width in widths:
+            runs[batch, width] = _score_run(score, target, held, row_starts(batch, len(tokens)), width)
+    for run in runs.values():
+        run()  # warm-up
+    best = fastest_seconds(runs)
+    return [[1e3 * best[batch, width] for width in widths] for batch in batches]
+
+
+def _score_run(score: Any, target: Target, held: list[Any], start: jax.Array, width: int) -> Callable[[], float]:
+    """Seconds of a pass. `held` holds the cache, which every pass takes and gives back."""
+    window = np.ones((start.size, width), np.int32)
+
+    def run() -> float:
+        began = time.perf_counter()
+        for _ in range(SCORES):
+            output = score(target.params, window, start, held[0])
+            held[0] = output.cache
+        jax.block_until_ready(output)
+        return (time.perf_counter() - began) / SCORES
+
+    return run
+
+
+def phase_milliseconds(
+    owner: SpeculativeDecoder, tokens: Sequence[int], sampling: SamplingParams, repeats: int = REPEATS
+) -> dict[str, float]:
+    """What each part of a round costs, and a whole round; each the fastest mean over some rounds.
+
+    The parts are compiled one by one, so their sum is a little more than the whole.
+
+    Args:
+        tokens: the prompt of every row.
+        sampling: how rows sample; they don't stop.
+
+    Returns:
+        "propose", "score", "verify", "commit" and "round" -> milliseconds.
+
+    Raises:
+        ConfigError: the prompt and the rounds outgrow the target's context.
+    """
+    parts, best = _parts(owner.programs.system), dict.fromkeys((*PHASES, "round"), float("inf"))
+    for _ in range(repeats + 1):  # the first one is the warm-up
+        params, state = _running_state(owner, tokens, sampling)
+        spent, _ = _timed_rounds(parts, params, state)
+        params, state = _running_state(owner, tokens, sampling)
+        began, compiled = time.perf_counter(), owner.programs.compile_seconds
+        for _ in range(ROUNDS):
+            state = jax.block_until_ready(owner.programs.decode(params, state, 1))
+        whole = time.perf_counter() - began - (owner.programs.compile_seconds - compiled)
+        for name, seconds in (spent | {"round": whole / ROUNDS}).items():
+            best[name] = min(best[name], 1e3 * seconds)
+    return best
+
+
+def _running_state(
+    owner: SpeculativeDecoder, tokens: Sequence[int], sampling: SamplingParams
+) -> tuple[step.Params, step.DecodeState]:
+    """A full batch after prefill and some rounds, and its weights."""
+    batch, most = owner.max_batch_size, owner.programs.system.drafter.num_speculative_tokens + 1
+    num_new = (FIRST_ROUNDS + ROUNDS) * most
+    if len(tokens) + num_new > owner.target.config.max_position:
+        raise ConfigError(
+            f"config.step_context={len(tokens)}: with {num_new} tokens behind it this outgrows the target's context "
+            f"of {owner.target.config.max_position}; expected at most {owner.target.config.max_position - num_new}."
+        )
+    endless = sampling.model_copy(update={"max_tokens": num_new, "ignore_eos": True, "stop_token_ids": (), "stop": ()})
+    requests = owner.requests([list(tokens)] * batch, endless)
+    windows = prefill_windows(len(tokens) - 1)
+    capacity = kv.round_capacity(max(requests[0].longest(owner), sum(windows[-1]) if windows else 0))
+    rows = batch_rows(owner, requests, batch, capacity, requests)
+    params = owner.params_for(rows)
+    state = owner.programs.init(params, rows)
+    for start, size in windows:
+        state = owner.programs.prefill(params, state, start, size)
+    return params, jax.block_until_ready(owner.programs.decode(params, state, FIRST_ROUNDS))
+
+
+def _parts(system: step.System) -> dict[str, Any]:
+    """The four parts of the step, each compiled on its own, caches and drafter state donated as in the whole step."""
+
+    def compiled(function: Any, *donated: int) -> Any:
+        return jax.jit(function, donate_argnums=donated, compiler_options=narrow_options())
+
+    return {
+        "propose": compiled(
+            lambda params, drafter, state: step.propose(system, params, state.replace(drafter=drafter)), 1
+        ),
+        "score": compiled(
+            lambda params, cache, state, proposal: step.score(system, params, state.replace(cache=cache), proposal), 1
+        ),
+        "verify": compiled(lambda state, scores, proposal: step.verify(system, state, scores, proposal)),
+        "commit": compiled(
+            lambda params, models, state, scores, proposal, verdict: step.commit(
+                system, params, state.replace(drafter=models[0]), scores._replace(cache=models[1]), proposal, verdict
+            ),
+            1,
+        ),
+    }
+
+
+def _timed_rounds(
+    parts: dict[str, Any], params: step.Params, state: step.DecodeState
+) -> tuple[dict[str, float], step.DecodeState]:
+    """Seconds of each part, the mean over ROUNDS rounds, and the state behind them."""
+    seconds = dict.fromkeys(PHASES, 0.0)
+
+    def timed(name: str, *arguments: Any) -> Any:
+        began = time.perf_counter()
+        output = jax.block_until_ready(parts[name](*arguments))
+        seconds[name] += (time.perf_counter() - began) / ROUNDS
+        return output
+
+    for _ in range(ROUNDS):
+        drafter, cache = state.drafter, state.cache
+        state = state.replace(drafter=None, cache=None)
+        proposal, drafter = timed("propose", params, drafter, state)
+        scores = timed("score", params, cache, state, proposal)
+        cache, scores = scores.cache, scores._replace(cache=None)
+        verdict = timed("verify", state, scores, proposal)
+        state = timed("commit", params, (drafter, cache), state, scores, proposal, verdict)
+    return seconds, state
+
+
+def draft_milliseconds(
+    target: Target,
+    method: SpeculativeConfig,
+    counts: Sequence[int],
+    batch: int,
+    tokens: Sequence[int],
+    sampling: SamplingParams,
+    rest: float,
+) -> list[float]:
+    """What a round costs beyond scoring and beyond `rest`, for each of some numbers of drafts, in milliseconds.
+
+    Proposing, and what verifying and committing take longer than in plain decoding: there a drafter learns from the
+    round.
+
+    Args:
+        counts: K, drafts a round.
+        rest: milliseconds of verifying and committing in plain decoding.
+    """
+    spent = []
+    for num in counts:
+        fields = method.model_dump(exclude_unset=True) | {"num_speculative_tokens": num}
+        owner = SpeculativeDecoder(target, SpeculativeConfig.model_validate(fields), max_batch_size=batch)
+        phases = phase_milliseconds(owner, tokens, sampling, repeats=2)
+        spent.append(max(phases["propose"] + phases["verify"] + phases["commit"] - rest, 0.0))
+    return spent
+
+
+def predicted_speedups(
+    acceptance_rate_by_position: Sequence[float],
+    score: Sequence[float],
+    draft: Sequence[float],
+    rest: float,
+    share: float = 1.0,
+) -> list[float]:
+    """Speed-up over plain decoding with K = 0, 1, ..., G drafts a round.
+
+    expected tokens a round / (cost of a round / cost of a plain round), where K drafts bring
+    1 + sum over i <= K of P(at least i are accepted), and a round costs score(K + 1) + draft(K) + rest.
+
+    Args:
+        acceptance_rate_by_position: G numbers, unconditional.
+        score: what scoring T = 1 .. G + 1 tokens costs, in any unit.
+        draft: what drafting K = 1 .. G tokens costs, in the same unit.
+        rest: what is the same in every round.
+        share: of the rounds that score their drafts; in the others, where no row has any, scoring is that of one token.
+    """
+    plain = score[0] + rest
+    speedups = [1.0]
+    for num in range(1, len(acceptance_rate_by_position) + 1):
+        tokens = 1.0 + sum(acceptance_rate_by_position[:num])
+        scored = share * score[num] + (1.0 - share) * score[0]
+        speedups.append(tokens * plain / (scored + draft[num - 1] + rest))
+    return speedups
+
+
+def drafting_share(metrics: Metrics, batch: int) -> float:
+    """The share of rounds in which some row of a batch has drafts, rows taken as independent."""
+    G = metrics.acceptance_counts.size - 1
+    rows = min(1.0, metrics.drafted / (metrics.rounds * G)) if metrics.rounds and G else 0.0
+    return 1.0 - (1.0 - rows) ** batch
+
+
+def measure_costs(
+    target: Target,
+    methods: Mapping[str, tuple[SpeculativeConfig, SpeculativeDecoder]],
+    plain: SpeculativeDecoder,
+    tokens: Sequence[int],
+    sampling: SamplingParams,
+    batches: Sequence[int],
+) -> dict[str, Any]:
+    """The content of summary.json's "costs": the curve of scoring, and what drafting costs. See draft_milliseconds.
+
+    "idle" says that rounds in which no row has drafts score one token only.
+
+    Args:
+        methods: name -> its config and decoder.
+        plain: the decoder without drafts, at the batch size of the run.
+        tokens: token ids that the caches hold.
+        batches: rows of the curve.
+    """
+    batch = plain.max_batch_size
+    drafts = {name: owner.programs.system.drafter.num_speculative_tokens for name, (_, owner) in methods.items()}
+    widths = list(range(1, max(drafts.values(), default=0) + 2))
+    phases = phase_milliseconds(plain, tokens, sampling)
+    rest = phases["verify"] + phases["commit"]
+    return {
+        "context": len(tokens),
+        "batch": list(batches),
+        "widths": widths,
+        "score_ms": score_milliseconds(target, tokens, batches, widths),
+        "rest_ms": rest,
+        "draft_ms": {
+            name: {
+                "K": list(range(1, drafts[name] + 1)),
+                "ms": draft_milliseconds(target, method, range(1, drafts[name] + 1), batch, tokens, sampling, rest),
+                "idle": owner.programs.system.drafter.widths[0] == 1,
+            }
+            for name, (method, owner) in methods.items()
+        },
+    }
+
+
+def predict(costs: Mapping[str, Any], totals: Mapping[str, Metrics], batch: int) -> dict[str, Any]:
+    """The content of summary.json's "predicted", from costs as measure_costs gives them.
+
+    Args:
+        totals: name -> what was measured.
+        batch: rows of the run.
+    """
+    score = costs["score_ms"][list(costs["batch"]).index(batch)]
+    predicted = {}
+    for name, metrics in totals.items():
+        draft = costs["draft_ms"][name]
+        share = drafting_share(metrics, batch) if draft["idle"] else 1.0
+        rates = metrics.acceptance_rate_by_position
+        speedups = predicted_speedups(rates, score, draft["ms"], costs["rest_ms"], share)
+        predicted[name] = {"K": list(range(len(speedups))), "speedup": speedups}
+    return predicted
