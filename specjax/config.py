@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, Self, get_args
 
 import pydantic
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator
 
 from specjax.errors import ConfigError
 
@@ -38,6 +38,12 @@ RejectionSamplingStrategy = Literal[
     "synthetic",
 ]
 DraftSampleMethod = Literal["greedy", "probabilistic"]
+
+AUTO: Literal["auto"] = "auto"
+"""As many drafts a round as pay."""
+
+MOST_AUTO_DRAFTS = 6
+"""Drafts a round that "auto" goes up to, where a head's checkpoint names no number."""
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this one decode greedily: dividing float32 logits by less overflows."""
@@ -142,6 +148,14 @@ Rate = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=0, le=1, allow_i
 Bias = Annotated[float, BeforeValidator(_refuse_bool), Field(ge=-100, le=100, allow_inf_nan=False)]
 
 _FLAG: pydantic.TypeAdapter[bool] = pydantic.TypeAdapter(bool)
+_POSITIVE: pydantic.TypeAdapter[int] = pydantic.TypeAdapter(Annotated[Integer, Field(ge=1)])
+
+
+def _read_num_drafts(value: Any) -> int | Literal["auto"]:
+    return AUTO if isinstance(value, str) and value == AUTO else _POSITIVE.validate_python(value)
+
+
+NumDrafts = Annotated[int | Literal["auto"], PlainValidator(_read_num_drafts)]
 
 
 def _setting(default: Any, description: str, *, expected: str, remedy: str, **constraints: Any) -> Any:
@@ -312,12 +326,13 @@ class SpeculativeConfig(_Settings):
     )
 
     # How it drafts
-    num_speculative_tokens: Integer = _setting(
+    num_speculative_tokens: NumDrafts = _setting(
         2,
-        "Drafts proposed for each row in a round, in tokens. Default: what the checkpoint of a head names, else 2.",
-        expected="an integer >= 1",
+        "Drafts proposed for each row in a round, in tokens, or 'auto': as many as pay, by what rounds cost at the "
+        "batch size and by how many drafts were accepted so far, none where plain decoding is faster. Default: what "
+        "the checkpoint of a head names, else 2.",
+        expected="an integer >= 1, or 'auto'",
         remedy="give the number of drafts a round; to decode without drafts pass config=None to SpeculativeDecoder",
-        ge=1,
     )
     draft_sample_method: DraftSampleMethod = _setting(
         None,
@@ -563,6 +578,10 @@ class SpeculativeConfig(_Settings):
 
     @classmethod
     def _refuse_all_but_one_synthetic(cls, values: Mapping[str, Any]) -> None:
+        if values.get("num_speculative_tokens") == AUTO:
+            cls._refuse(
+                "num_speculative_tokens", AUTO, "'synthetic' is told what is accepted of a number of drafts: give it"
+            )
         names = cls.STRATEGY_FIELDS["synthetic"]
         given = [name for name in names if name in values]
         if not given:
@@ -694,6 +713,12 @@ class SpeculativeConfig(_Settings):
     @classmethod
     def _known_names(cls) -> list[str]:
         return [*cls.model_fields, *KEY_ALIASES, *FLAG_ALIASES, *(key for key in NOT_YET if "=" not in key)]
+
+    @property
+    def max_drafts(self) -> int:
+        """num_speculative_tokens, or the most that "auto" takes where no checkpoint says it."""
+        drafts = self.num_speculative_tokens
+        return MOST_AUTO_DRAFTS if drafts == AUTO else drafts
 
     def is_standalone(self) -> bool:
         """Whether a draft model of its own drafts (MAX's name)."""

@@ -267,7 +267,7 @@ def conditional_rates(rates: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _synthetic_of(config: SpeculativeConfig) -> Rule:
-    num = config.num_speculative_tokens
+    num = config.max_drafts
     if config.synthetic_acceptance_rate is not None:
         rates = geometric_rates(config.synthetic_acceptance_rate, num)
     elif config.synthetic_acceptance_length is not None:

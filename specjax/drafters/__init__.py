@@ -5,20 +5,21 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from specjax.checkpoints import pretrained
 from specjax.checkpoints.heads import LoadedHead, detect_method, read_head
 from specjax.checkpoints.load import Target, load_target
-from specjax.config import SpeculativeConfig
+from specjax.config import AUTO, SpeculativeConfig
 from specjax.drafters.base import Drafter
 from specjax.drafters.draft_model import draft_model
 from specjax.drafters.fit import check_fit, check_shapes
 from specjax.drafters.head import HeadWeights, head
 from specjax.drafters.hybrid import hybrid
 from specjax.drafters.ngram import ngram
+from specjax.drafters.paced import PacedParams, choices, paced
 from specjax.drafters.plain import plain
 from specjax.errors import AssetError, ConfigError, DraftWarning
 from specjax.heads.network import Shared
@@ -32,15 +33,43 @@ def build_drafter(config: SpeculativeConfig | None, target: Target) -> tuple[Dra
     """
     if config is None:
         return plain(), ()
-    return METHODS[str(config.method)](config, target)
+    return _with_drafts(METHODS[str(config.method)](config, target), config, target)
 
 
-def _ngram(config: SpeculativeConfig, target: Target) -> tuple[Drafter, Any]:
-    assert config.prompt_lookup_min is not None and config.prompt_lookup_max is not None  # validated
-    return ngram(config.num_speculative_tokens, config.prompt_lookup_min, config.prompt_lookup_max), ()
+class Method(NamedTuple):
+    """A drafting method that fits a target.
+
+    Attributes:
+        with_drafts: number of drafts a round -> the drafter.
+        params: its weights.
+        num_speculative_tokens: G that a checkpoint asks for, or None.
+    """
+
+    with_drafts: Callable[[int], Drafter]
+    params: Any
+    num_speculative_tokens: int | None = None
 
 
-def _draft_model(config: SpeculativeConfig, target: Target) -> tuple[Drafter, Any]:
+def _with_drafts(method: Method, config: SpeculativeConfig, target: Target) -> tuple[Drafter, Any]:
+    """The method with as many drafts as its config or checkpoint says, or with as many as pay."""
+    if config.num_speculative_tokens == AUTO:
+        most = method.num_speculative_tokens or config.max_drafts
+        drafters = [method.with_drafts(num) for num in choices(most) if num]
+        # Until a round has been measured, all cost the same.
+        params = PacedParams(method.params, jnp.ones(len(drafters) + 1))
+        return paced(drafters, target.config.width, target.dtype), params
+    given = "num_speculative_tokens" in config.model_fields_set or config.uses_synthetic_acceptance()
+    num = config.max_drafts if given else method.num_speculative_tokens or config.max_drafts
+    return method.with_drafts(num), method.params
+
+
+def _ngram(config: SpeculativeConfig, target: Target) -> Method:
+    shortest, longest = config.prompt_lookup_min, config.prompt_lookup_max
+    assert shortest is not None and longest is not None  # validated
+    return Method(lambda num: ngram(num, shortest, longest), ())
+
+
+def _draft_model(config: SpeculativeConfig, target: Target) -> Method:
     draft = target
     if config.model is not None:
         method = detect_method(pretrained.resolve(config.model, config.revision))
@@ -50,10 +79,10 @@ def _draft_model(config: SpeculativeConfig, target: Target) -> tuple[Drafter, An
                 "a language model."
             )
         draft = load_target(config.model, dtype=target.dtype, revision=config.revision)
-    return draft_model_for(draft, target, config)
+    return _draft_model_method(draft, target, config)
 
 
-def _head(config: SpeculativeConfig, target: Target) -> tuple[Drafter, Any]:
+def _head(config: SpeculativeConfig, target: Target) -> Method:
     name = config.model or _own_head(str(config.method), target)
     directory = pretrained.resolve(name, config.revision, pickles=True)
     loaded = read_head(directory, target.config, target.dtype, target.params)
@@ -70,10 +99,9 @@ def _head(config: SpeculativeConfig, target: Target) -> tuple[Drafter, Any]:
     check_fit(loaded.config, weights, target, name)
     limit = _checked_limit(config, target.config.max_position, "the target's context")
     sample = config.draft_sample_method == "probabilistic"
-    G = config.num_speculative_tokens
-    if "num_speculative_tokens" not in config.model_fields_set and not config.uses_synthetic_acceptance():
-        G = loaded.num_speculative_tokens or G
-    return head(loaded.config, G, target.dtype, sample, limit), weights
+    return Method(
+        lambda num: head(loaded.config, num, target.dtype, sample, limit), weights, loaded.num_speculative_tokens
+    )
 
 
 def _own_head(method: str, target: Target) -> str:
@@ -106,14 +134,20 @@ def _warn_of_another_verifier(loaded: LoadedHead, target: Target, name: str) -> 
         )
 
 
-def _hybrid(config: SpeculativeConfig, target: Target) -> tuple[Drafter, Any]:
-    assert config.prompt_lookup_min is not None and config.prompt_lookup_max is not None  # validated
-    drafter, weights = _head(config, target)
-    return hybrid(drafter, target.config.vocab_size, config.prompt_lookup_min, config.prompt_lookup_max), weights
+def _hybrid(config: SpeculativeConfig, target: Target) -> Method:
+    shortest, longest = config.prompt_lookup_min, config.prompt_lookup_max
+    assert shortest is not None and longest is not None  # validated
+    other = _head(config, target)
+    vocab_size = target.config.vocab_size
+    return other._replace(with_drafts=lambda num: hybrid(other.with_drafts(num), vocab_size, shortest, longest))
 
 
 def draft_model_for(draft: Target, target: Target, config: SpeculativeConfig) -> tuple[Drafter, Any]:
-    """The draft_model drafter from a model that is already loaded."""
+    """The draft_model drafter from a model that is already loaded, and its weights."""
+    return _with_drafts(_draft_model_method(draft, target, config), config, target)
+
+
+def _draft_model_method(draft: Target, target: Target, config: SpeculativeConfig) -> Method:
     if draft.config.vocab_size != target.config.vocab_size:
         raise ConfigError(
             f"SpeculativeConfig.model={draft.name!r}: its vocabulary has {draft.config.vocab_size} tokens, the "
@@ -132,14 +166,8 @@ def draft_model_for(draft: Target, target: Target, config: SpeculativeConfig) ->
     limit = _checked_limit(config, longest, "the shorter context of draft and target")
     if limit is None and longest < target.config.max_position:
         limit = longest
-    drafter = draft_model(
-        draft.config,
-        config.num_speculative_tokens,
-        draft.dtype,
-        sample=config.draft_sample_method == "probabilistic",
-        max_model_len=limit,
-    )
-    return drafter, draft.params
+    sample = config.draft_sample_method == "probabilistic"
+    return Method(lambda num: draft_model(draft.config, num, draft.dtype, sample, limit), draft.params)
 
 
 def _checked_limit(config: SpeculativeConfig, longest: int, what: str) -> int | None:
@@ -171,7 +199,7 @@ def _first_differing_token(draft: Any, target: Any) -> str | None:
     return next((token for token in sorted(ours.keys() | theirs.keys()) if ours.get(token) != theirs.get(token)), None)
 
 
-METHODS: dict[str, Callable[[SpeculativeConfig, Target], tuple[Drafter, Any]]] = {
+METHODS: dict[str, Callable[[SpeculativeConfig, Target], Method]] = {
     "ngram": _ngram,
     "draft_model": _draft_model,
     "eagle": _head,

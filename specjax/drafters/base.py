@@ -78,6 +78,8 @@ class Drafter(NamedTuple):
         widths: window sizes that scoring is compiled for, increasing, the last one G + 1. The smallest that holds
             every row's drafts is used, so a round in which nobody drafts costs a plain step.
         taps: target layers whose entering hidden states the drafter wants to see.
+        lag: positions before the last committed token that it may not have learnt yet when it proposes; a drafter that
+            lags reads no features.
         init: (params, batch, capacity) -> state.
         prefill: (params, state, context, features, num_valid) -> state; sees the prompts, less their last tokens, in
             pieces. The first num_valid, int32[B], positions of the piece belong to the row; the rest is padding.
@@ -95,6 +97,7 @@ class Drafter(NamedTuple):
     prefill: Callable[[Any, Any, Context, Features, jax.Array], Any] = lambda params, state, *seen: state
     observe: Callable[[Any, Any, Context, Features, jax.Array], Any] = lambda params, state, *seen: state
     taps: tuple[int, ...] = ()
+    lag: int = 0
 
     @property
     def num_speculative_tokens(self) -> int:

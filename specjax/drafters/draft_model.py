@@ -63,4 +63,5 @@ def draft_model(
         init=lambda params, batch, capacity: decoder.init_cache(config, batch, capacity, dtype),
         propose=propose,
         prefill=prefill,
+        lag=1,
     )

@@ -1,0 +1,196 @@
+"""As many drafts a round as pay: num_speculative_tokens="auto"."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from specjax.control import switch_in_place
+from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal
+
+CHOICES = (0, 1, 2, 3, 4, 6, 8)
+"""Drafts a round that are chosen from: a window for each is compiled in."""
+
+PERIOD = 64
+"""Rounds between two looks at what the most drafts would bring, where fewer are chosen."""
+
+RATE = 0.1
+"""Weight of a round in the running mean of acceptance."""
+
+PRIOR = 0.6
+"""Probability that a draft behind accepted ones is accepted, before anything is known: high enough to try."""
+
+
+class PacedParams(NamedTuple):
+    """The drafter's weights, and what its rounds cost.
+
+    Attributes:
+        inner: weights of the drafter.
+        seconds: float32[number of choices], a round with so many drafts, in any unit.
+    """
+
+    inner: Any
+    seconds: jax.Array
+
+
+class PacedState(flax.struct.PyTreeNode):
+    """What pacing carries beside the drafter's own state. Every array has a row for each row of the batch.
+
+    Attributes:
+        inner: the drafter's state.
+        passed: float32[B, G], running mean of P(draft i is accepted | those before it are).
+        running: bool[B], rows that committed something in the last round.
+        choice: int32[], of this round, an index.
+        proposed: int32[B], drafts of this round.
+        rounds: int32[], since the most drafts were tried.
+        forced: int32[], a choice that is taken whatever it brings, to measure what it costs; -1 for none.
+        taps, final: features of positions that were committed without drafts and that the drafter has not seen yet.
+        num_unseen: int32[B], how many those are.
+    """
+
+    inner: Any
+    passed: jax.Array
+    running: jax.Array
+    choice: jax.Array
+    proposed: jax.Array
+    rounds: jax.Array
+    forced: jax.Array
+    taps: tuple[jax.Array, ...]
+    final: jax.Array
+    num_unseen: jax.Array
+
+
+def choices(most: int) -> tuple[int, ...]:
+    """The numbers of drafts that are chosen from where at most so many are wanted."""
+    return tuple(sorted({num for num in CHOICES if num < most} | {most}))
+
+
+def paced(drafters: Sequence[Drafter], feature_width: int, dtype: jnp.dtype) -> Drafter:
+    """Drafts as many tokens a round as give the most tokens a second, none where speculation does not pay.
+
+    A round with K drafts brings 1 + the sum over i <= K of P(the first i are accepted) tokens, averaged over the rows
+    that run, and costs what was measured. The choice follows committed text and past rounds only, so the output's law
+    stays the target's. Rounds without drafts cost a plain step: what the drafter has to learn from them it learns
+    several rounds at once.
+
+    Args:
+        drafters: one method with K = 1 and more drafts, as choices gives them, alike but for K. Their prefill learns
+            from positions that they have not seen.
+        feature_width: D of the target's hidden states.
+        dtype: of these.
+    """
+    largest = drafters[-1]
+    G, lag = largest.num_speculative_tokens, largest.lag
+    counts = (0, *(drafter.num_speculative_tokens for drafter in drafters))
+    num_kept = G + 1 - lag  # a window of features is as wide as in a round with the most drafts
+
+    def learn(inner_params, state: PacedState, context: Context) -> PacedState:
+        """The drafter sees the positions that were committed without drafts."""
+        start = jnp.maximum(context.length - 1 - state.num_unseen - lag, 0)
+        ahead = jnp.minimum(start[:, None] + jnp.arange(G + 1), context.tokens.shape[1] - 1)
+        tokens = jnp.maximum(jnp.take_along_axis(context.tokens, ahead, axis=1), 0)
+        shift = (0, 0), (lag, 0), (0, 0)
+        features = Features(
+            tokens, start, tuple(jnp.pad(tap, shift) for tap in state.taps), jnp.pad(state.final, shift)
+        )
+        num_valid = jnp.where(state.num_unseen > 0, jnp.minimum(state.num_unseen + lag, context.length - 1 - start), 0)
+        inner = largest.prefill(inner_params, state.inner, context, features, num_valid)
+        return state.replace(inner=inner, num_unseen=jnp.zeros_like(state.num_unseen))
+
+    def choose(seconds: jax.Array, state: PacedState) -> jax.Array:
+        reached = jnp.cumprod(state.passed, axis=1)
+        rows = state.running[:, None].astype(jnp.float32)
+        reached = (reached * rows).sum(axis=0) / jnp.maximum(rows.sum(), 1.0)
+        tokens = 1.0 + jnp.concatenate([jnp.zeros(1), jnp.cumsum(reached)])[jnp.array(counts)]
+        best = jnp.argmax(tokens / seconds)
+        best = jnp.where(state.rounds >= PERIOD, len(counts) - 1, best)
+        return jnp.where(state.forced >= 0, state.forced, best).astype(jnp.int32)
+
+    def propose(params: PacedParams, state: PacedState, context: Context) -> tuple[Proposal, PacedState]:
+        choice = choose(params.seconds, state)
+        behind = (choice > 0) & (state.num_unseen > 0).any()
+        state = switch_in_place(behind.astype(jnp.int32), (_same, lambda s: learn(params.inner, s, context)), state)
+
+        def with_drafts(drafter: Drafter):
+            def run(carry):
+                _, inner = carry
+                proposal, inner = drafter.propose(params.inner, inner, context)
+                return _widened(proposal, G), inner
+
+            return run
+
+        shapes, _ = jax.eval_shape(with_drafts(largest), (None, state.inner))
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        nothing = nothing._replace(tokens=jnp.full_like(nothing.tokens, NO_DRAFT))
+        branches = (_same, *map(with_drafts, drafters))
+        proposal, inner = switch_in_place(choice, branches, (nothing, state.inner))
+        # A choice whose cost is measured is measured with drafts, also where the method finds none.
+        wanted = (state.forced >= 0) & (jnp.arange(G) < jnp.array(counts)[choice])
+        tokens = jnp.where(wanted & (proposal.tokens == NO_DRAFT), 0, proposal.tokens)
+        proposal = proposal._replace(tokens=tokens)
+        rounds = jnp.where(choice == len(counts) - 1, 0, state.rounds + 1)
+        return proposal, state.replace(inner=inner, choice=choice, proposed=proposal.num_drafts, rounds=rounds)
+
+    def observe(params: PacedParams, state: PacedState, context: Context, features: Features, num_new: jax.Array):
+        def after_drafts(state: PacedState) -> PacedState:
+            inner = largest.observe(params.inner, state.inner, context, features, num_new)
+            num_drafts = jnp.where(state.proposed.any(), jnp.array(counts)[state.choice], 0)
+            return state.replace(inner=inner, passed=_update(state.passed, num_new, num_drafts))
+
+        def after_none(state: PacedState) -> PacedState:
+            slot = jnp.where(num_new > 0, state.num_unseen, num_kept)
+            rows = jnp.arange(slot.size)
+            seen, new = (state.taps, state.final), (features.taps, features.final)
+            seen = jax.tree.map(lambda old, new: old.at[rows, slot].set(new[:, 0], mode="drop"), seen, new)
+            return state.replace(taps=seen[0], final=seen[1], num_unseen=state.num_unseen + (num_new > 0))
+
+        without = (state.choice == 0).astype(jnp.int32)
+        state = switch_in_place(without, (after_drafts, after_none), state)
+        full = (state.num_unseen >= num_kept).any().astype(jnp.int32)
+        state = switch_in_place(full, (_same, lambda s: learn(params.inner, s, context)), state)
+        return state.replace(running=num_new > 0)
+
+    def prefill(params: PacedParams, state: PacedState, context: Context, features: Features, num_valid: jax.Array):
+        return state.replace(inner=largest.prefill(params.inner, state.inner, context, features, num_valid))
+
+    def init(params: PacedParams, batch: int, capacity: int) -> PacedState:
+        kept = jnp.zeros((batch, num_kept, feature_width), dtype)
+        return PacedState(
+            inner=largest.init(params.inner, batch, capacity),
+            passed=jnp.full((batch, G), PRIOR),
+            running=jnp.ones(batch, bool),
+            choice=jnp.zeros((), jnp.int32),
+            proposed=jnp.zeros(batch, jnp.int32),
+            rounds=jnp.zeros((), jnp.int32),
+            forced=jnp.full((), -1, jnp.int32),
+            taps=(kept,) * len(largest.taps),
+            final=kept,
+            num_unseen=jnp.zeros(batch, jnp.int32),
+        )
+
+    return largest._replace(
+        widths=tuple(count + 1 for count in counts), init=init, propose=propose, prefill=prefill, observe=observe
+    )
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def _widened(proposal: Proposal, num: int) -> Proposal:
+    """A proposal of fewer drafts as one of so many."""
+    more = num - proposal.tokens.shape[1]
+    pad = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, more), *((0, 0),) * (x.ndim - 2))), proposal)
+    return pad._replace(tokens=jnp.pad(proposal.tokens, ((0, 0), (0, more)), constant_values=NO_DRAFT))
+
+
+def _update(passed: jax.Array, num_new: jax.Array, num_drafts: jax.Array) -> jax.Array:
+    """The running means after a round of so many drafts; a row that had none of them counts as one that rejected them,
+    because the window was paid for. A position is seen where all before it passed.
+    """
+    accepted = (num_new - 1)[:, None]
+    position = jnp.arange(passed.shape[1])
+    seen = (num_new > 0)[:, None] & (accepted >= position) & (position < num_drafts)
+    return jnp.where(seen, passed + RATE * ((accepted > position) - passed), passed)

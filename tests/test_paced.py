@@ -1,0 +1,241 @@
+"""As many drafts as pay: what the drafter knows after rounds without drafts, what is chosen, and that texts stay."""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from models import VOCAB, random_target
+from test_heads import random_weights
+
+import specjax
+from specjax import generate, pacing, step, verify
+from specjax.drafters.base import NO_DRAFT
+from specjax.drafters.draft_model import draft_model
+from specjax.drafters.head import HeadWeights, head
+from specjax.drafters.hybrid import hybrid
+from specjax.drafters.ngram import ngram
+from specjax.drafters.paced import PacedParams, choices, paced
+from specjax.heads import config as heads
+from specjax.heads import network
+from specjax.target import decoder
+
+pacing_drafter = importlib.import_module("specjax.drafters.paced")  # the package has a function of this name
+
+TARGET = random_target(0)
+OTHER = random_target(1)
+LAYER = dataclasses.replace(TARGET.config, num_layers=1, sliding_windows=(None,))
+MOST = 4
+TOKEN_OF = np.arange(5, VOCAB, 3)
+
+
+def weights_of(config):
+    shared = network.Shared(TARGET.params["embedding"], TARGET.params["head"])
+    return HeadWeights(random_weights(config, 2), shared, jnp.asarray(TOKEN_OF) if config.reduced else None)
+
+
+EAGLE3 = heads.eagle3(LAYER, TARGET.config.width, (0, 1, 2), len(TOKEN_OF))
+MTP = heads.mtp(LAYER, TARGET.config.width, "glm4_moe", num_blocks=2)
+METHODS = {
+    "ngram": (lambda num: ngram(num, 1, 2), ()),
+    "draft_model": (lambda num: draft_model(OTHER.config, num, jnp.float32, sample=False), OTHER.params),
+    "eagle3": (lambda num: head(EAGLE3, num, jnp.float32), weights_of(EAGLE3)),
+    "mtp of 2 blocks": (lambda num: head(MTP, num, jnp.float32), weights_of(MTP)),
+    "hybrid": (lambda num: hybrid(head(EAGLE3, num, jnp.float32), VOCAB, 2, 3), weights_of(EAGLE3)),
+}
+
+
+def coins(num):
+    """A rule that accepts most drafts, whatever they are, so that random models move by several tokens a round."""
+    return functools.partial(verify.synthetic, conditional_rates=(0.7,) * num, best_follows=True)
+
+
+def rows_of(texts, capacity=512):
+    tokens = np.zeros((len(texts), capacity), np.int32)
+    for row, text in enumerate(texts):
+        tokens[row, : len(text)] = text
+    num = len(texts)
+    ones = np.ones(num, np.float32)
+    return {
+        "tokens": tokens,
+        "length": np.array([len(text) for text in texts], np.int32),
+        "max_length": np.full(num, 400, np.int32),
+        "stop_tokens": np.full((num, 8), step.PAD, np.int32),
+        "finish": np.zeros(num, np.int32),
+        "temperature": 0 * ones,
+        "top_k": np.zeros(num, np.int32),
+        "top_p": ones,
+        "min_p": 0 * ones,
+        "seed_low": np.arange(num, dtype=np.uint32),
+        "seed_high": np.zeros(num, np.uint32),
+    }
+
+
+class Decoding:
+    """A system's programs, and one round whose proposal can be looked at."""
+
+    def __init__(self, drafter, params):
+        system = step.System(functools.partial(decoder.apply, TARGET.config), drafter, coins(MOST))
+        cache = functools.partial(decoder.init_cache, TARGET.config, dtype=jnp.dtype("float32"))
+        self.programs = generate.Programs(system, cache)
+        self.params = step.Params(TARGET.params, params)
+
+        def one_round(params, state):
+            proposal, drafted = step.propose(system, params, state)
+            scores = step.score(system, params, state, proposal)
+            verdict = step.verify(system, state, scores, proposal)
+            after = step.commit(system, params, state.replace(drafter=drafted), scores, proposal, verdict)
+            return proposal.tokens, after
+
+        self.round = jax.jit(one_round)
+        self.propose = jax.jit(lambda params, state: step.propose(system, params, state)[0].tokens)
+
+    def start(self, texts):
+        state = self.programs.init(self.params, rows_of(texts))
+        for begin, size in generate.prefill_windows(max(map(len, texts)) - 1):
+            state = self.programs.prefill(self.params, state, begin, size)
+        return state
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_after_rounds_without_drafts_the_drafter_knows_what_it_would_have_known(name):
+    with_drafts, weights = METHODS[name]
+    counts = choices(MOST)
+    always = Decoding(with_drafts(MOST), weights)
+    drafters = [with_drafts(num) for num in counts if num]
+    pacer = Decoding(paced(drafters, TARGET.config.width, jnp.float32), PacedParams(weights, jnp.ones(len(counts))))
+    texts = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 1, 4, 1], [2, 7, 2, 7, 2], [8, 2, 8]]
+    state = pacer.start(texts)
+    compared = 0
+    for choice in (4, 0, 2, 0, 0, 1, 3, *(0,) * 7, 4, *(0,) * 5, 2, *(0,) * 4, 3, 3, 0, 4):
+        seconds = jnp.ones(len(counts)).at[choice].set(1e-3)
+        params = pacer.params._replace(drafter=PacedParams(weights, seconds))
+        known = [np.asarray(state.tokens[row, : state.length[row]]).tolist() for row in range(len(texts))]
+        drafts, state = pacer.round(params, state)
+        drafts, num = np.asarray(drafts), counts[choice]
+        assert (drafts[:, num:] == NO_DRAFT).all()
+        if num:
+            expected = np.asarray(always.propose(always.params, always.start(known)))[:, :num]
+            np.testing.assert_array_equal(drafts[:, :num], expected, err_msg=f"{name}: {known}")
+            compared += (expected != NO_DRAFT).sum()
+        else:
+            assert (state.length - np.array([len(text) for text in known]) == 1).all()
+    assert compared > 20
+
+
+def choice_of(passed, seconds, running=None, rounds=0):
+    drafter = paced([ngram(num, 1, 2) for num in (1, 2, 4)], 8, jnp.float32)
+    passed = jnp.asarray(passed, jnp.float32)
+    state = drafter.init(PacedParams((), jnp.ones(4)), len(passed), 512)
+    running = jnp.ones(len(passed), bool) if running is None else jnp.asarray(running)
+    state = state.replace(passed=passed, running=running, rounds=jnp.int32(rounds))
+    texts = [[1, 2, 1, 2, 1, 2, 1]] * len(passed)
+    system = step.System(None, drafter, None)
+    rows = rows_of(texts)
+    programs = generate.Programs(system, lambda batch, capacity: ())
+    decode_state = programs.init(step.Params((), PacedParams((), jnp.ones(4))), rows)
+    params = PacedParams((), jnp.asarray(seconds, jnp.float32))
+    proposal, _ = drafter.propose(params, state, decode_state.context)
+    return int(proposal.num_drafts.max())
+
+
+def test_the_choice_gives_the_most_tokens_a_second():
+    # 1, 1 + .5, 1 + .5 + .25 and 1 + .5 + .25 + .125 + .0625 tokens for 0, 1, 2 and 4 drafts.
+    half = [[0.5] * 4]
+    assert choice_of(half, [1.0, 1.6, 2.0, 2.5]) == 0
+    assert choice_of(half, [1.0, 1.2, 1.5, 2.0]) == 1
+    assert choice_of(half, [1.0, 1.3, 1.35, 2.0]) == 2
+    assert choice_of(half, [1.0, 1.3, 1.5, 1.51]) == 4
+
+
+def test_the_choice_is_for_the_rows_that_run():
+    rows = [[0.9] * 4, [0.0] * 4]
+    seconds = [1.0, 1.3, 1.7, 2.4]
+    assert choice_of(rows, seconds, running=[True, False]) == 4
+    assert choice_of(rows, seconds, running=[False, True]) == 0
+    assert choice_of(rows, seconds) == 1  # 1, 1.45, 1.855 and 2.55 tokens
+
+
+def test_now_and_then_the_most_drafts_are_tried():
+    hopeless = [[0.0] * 4]
+    assert choice_of(hopeless, [1.0, 1.3, 1.6, 2.2], rounds=pacing_drafter.PERIOD - 1) == 0
+    assert choice_of(hopeless, [1.0, 1.3, 1.6, 2.2], rounds=pacing_drafter.PERIOD) == 4
+
+
+def test_what_is_learnt_from_a_round():
+    before = jnp.full((4, 3), 0.5)
+    # All of 2 drafts passed; the first failed; the second failed; a row that is done.
+    after = pacing_drafter._update(before, jnp.array([3, 1, 2, 0]), jnp.int32(2))
+    rate = pacing_drafter.RATE
+    up, down = 0.5 + rate * 0.5, 0.5 - rate * 0.5
+    np.testing.assert_allclose(after, [[up, up, 0.5], [down, 0.5, 0.5], [up, down, 0.5], [0.5] * 3], rtol=1e-6)
+    np.testing.assert_array_equal(pacing_drafter._update(before, jnp.array([1] * 4), jnp.int32(0)), before)
+
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 1, 4, 1], [2, 7, 2, 7, 2], [8], [5, 5, 5, 5, 5, 5, 5]]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Costs as a test wants them, instead of this machine's."""
+    costs = {}
+
+    def seconds(programs, params, rows):
+        found = pacing.round_seconds(programs, params, rows)
+        assert found.shape == params.drafter.seconds.shape and (found > 0).all() and np.isfinite(found).all()
+        return np.asarray(costs["seconds"], np.float32) if "seconds" in costs else found
+
+    monkeypatch.setattr(generate, "round_seconds", seconds)
+    return costs
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+def test_texts_are_those_of_plain_decoding(method, temperature, measured, monkeypatch):
+    monkeypatch.setattr(pacing_drafter, "PERIOD", 3)
+    config = specjax.SpeculativeConfig(
+        method=method,
+        num_speculative_tokens="auto",
+        rejection_sampling_strategy="typical-acceptance",
+        **({"prompt_lookup_min": 1, "prompt_lookup_max": 2} if method == "ngram" else {"model": "unused"}),
+    )
+    # Such costs that nothing pays: rounds without drafts, and a try in every fourth.
+    measured["seconds"] = [1.0, 50.0, 60.0, 70.0, 80.0, 90.0]
+    draft = OTHER if method == "draft_model" else None
+    decoder_ = specjax.SpeculativeDecoder(TARGET, config, draft=draft, max_batch_size=4)
+    params = [specjax.SamplingParams(max_tokens=40, temperature=temperature, seed=seed) for seed in range(4)]
+    plain = specjax.SpeculativeDecoder(TARGET, max_batch_size=4).generate(PROMPTS, params)
+    result = decoder_.generate(PROMPTS, params)
+    assert result.token_ids == plain.token_ids
+    assert 0 < result.metrics.drafted < 6 * plain.metrics.num_tokens / 3
+
+
+def test_drafts_that_always_pass_are_made_and_others_given_up(measured):
+    config = specjax.SpeculativeConfig(method="draft_model", model="unused", num_speculative_tokens="auto")
+    measured["seconds"] = [1.0, 1.2, 1.3, 1.4, 1.5, 1.6]
+    perfect = specjax.SpeculativeDecoder(TARGET, config, draft=TARGET, max_batch_size=1)
+    result = perfect.generate([PROMPTS[0]], specjax.SamplingParams(max_tokens=70))
+    assert result.metrics.acceptance_length > 5.0
+    measured["seconds"] = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
+    hopeless = specjax.SpeculativeDecoder(TARGET, config, draft=OTHER, max_batch_size=1)
+    result = hopeless.generate([PROMPTS[0]], specjax.SamplingParams(max_tokens=128))
+    # The prior is given up within a few rounds, and then tried again in one of 64.
+    assert result.metrics.drafted < 40
+
+
+def test_costs_are_measured_once_for_a_batch_size(measured):
+    config = specjax.SpeculativeConfig(method="ngram", num_speculative_tokens="auto", prompt_lookup_min=1)
+    decoder_ = specjax.SpeculativeDecoder(TARGET, config, max_batch_size=4)
+    for prompts in (PROMPTS[:1], PROMPTS[:1], PROMPTS, PROMPTS):
+        decoder_.generate(prompts, specjax.SamplingParams(max_tokens=4))
+    assert sorted(decoder_._round_seconds) == [1, 4]
+
+
+def test_choices():
+    assert choices(1) == (0, 1)
+    assert choices(4) == (0, 1, 2, 3, 4)
+    assert choices(5) == (0, 1, 2, 3, 4, 5)
+    assert choices(10) == (0, 1, 2, 3, 4, 6, 8, 10)
