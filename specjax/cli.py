@@ -1,4 +1,4 @@
-"""The specjax command: generate, evaluate, train and their kin, each driven by a config file."""
+"""The specjax command: generate, evaluate, report, train and their kin, most driven by a config file."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +13,7 @@ USAGE = """usage: specjax COMMAND --config=FILE [--config.FIELD=VALUE ...] [opti
 commands:
   generate   stream the answer to one prompt        specjax generate --config=generate_smollm2 --prompt "Hello"
   evaluate   measure methods against plain decoding  specjax evaluate --config=eval_smollm2 --workdir=DIR
+  report     write or merge reports of evaluations  specjax report DIR [DIR ...] [--out=DIR]
   benchmark  measure the project's speed claims      specjax benchmark --config=bench_smollm2 --workdir=DIR
   respond    answer training prompts                specjax respond --config=respond_smollm2 --workdir=DIR
   train      train a draft head                     specjax train --config=train_eagle3_smollm2 --workdir=DIR
@@ -88,7 +89,7 @@ def run_generate(arguments: list[str]) -> int:
 
 
 def run_evaluate(arguments: list[str]) -> int:
-    """Decodes prompts plainly and with each method, and writes results.jsonl and summary.json."""
+    """Decodes prompts plainly and with each method, and writes results.jsonl, summary.json and a report on them."""
     return _measure("evaluate", arguments)
 
 
@@ -108,9 +109,23 @@ def _measure(command: str, arguments: list[str]) -> int:
             results = benchmark.benchmark(config, workdir, advance)
         print(f"{report.benchmark_table(results)}\nwritten to {workdir}")
         return 0
-    with report.progress() as advance:
-        summary = run.evaluate(config, workdir, advance)
+    try:
+        with report.progress() as advance:
+            summary = run.evaluate(config, workdir, advance)
+    except KeyboardInterrupt:
+        if (Path(workdir) / report.SUMMARY).is_file():
+            report.write_report([workdir])
+        raise
+    report.write_report([workdir])
+    failed = summary["failed"]
+    rows = {"plain": summary["baseline"], **summary["methods"]}
+    unmeasured = [name for name, row in rows.items() if not row["num_tokens"]]
+    if unmeasured:
+        raise SpecJAXError(f"nothing could be measured of {', '.join(unmeasured)}: {failed[0]['error']}")
     print(f"{report.summary_table(summary)}\nwritten to {workdir}")
+    if failed:
+        first = f"{failed[0]['method']} on {failed[0]['prompt']}, turn {failed[0]['turn']}: {failed[0]['error']}"
+        print(f"specjax: {len(failed)} measurements failed, the first one {first}", file=sys.stderr)
     wrong = {name: row["mismatch"] for name, row in summary["methods"].items() if row["mismatch"]}
     if wrong:
         raise SpecJAXError(f"texts differ from plain decoding by more than rounding (method: prompts): {wrong}.")
@@ -150,6 +165,26 @@ def run_train(arguments: list[str]) -> int:
         f"loss {final['loss']:.3f}, expected acceptance length {final['expected_acceptance_length']:.2f}"
         f"{' on held-out text' if summary['validation'] else ''}\nwritten to {workdir}"
     )
+    return 0
+
+
+def run_report(arguments: list[str]) -> int:
+    """Writes report.md and report.html of an evaluation, or of several side by side."""
+    import argparse
+
+    parser = argparse.ArgumentParser("specjax report", description=run_report.__doc__, allow_abbrev=False)
+    parser.add_argument("directories", metavar="DIR", nargs="+", help="The --workdir of an evaluation.")
+    parser.add_argument("--out", help="The folder to write to. Default: the evaluation's own; required for several.")
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as stopped:  # argparse has printed help, or what is wrong
+        return 0 if not stopped.code else FAILED
+    from specjax.evaluate import report
+
+    folder, warnings = report.write_report(options.directories, options.out)
+    for warning in warnings:
+        print(f"specjax: warning: {warning}", file=sys.stderr)
+    print(f"written to {folder / report.HTML} and {folder / report.MARKDOWN}")
     return 0
 
 
@@ -285,6 +320,7 @@ def _first_line(error: Exception) -> str:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "generate": run_generate,
     "evaluate": run_evaluate,
+    "report": run_report,
     "benchmark": run_benchmark,
     "respond": run_respond,
     "train": run_train,

@@ -1,89 +1,334 @@
-"""Evaluation on a tiny model: the summary, resuming, the near-tie oracle."""
+"""Evaluation on a tiny model: what a run measures and writes, and that it survives kills and failures."""
 
+import dataclasses
 import json
+import re
+import shutil
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from models import random_target
 
-from specjax import SamplingParams, SpeculativeDecoder
+from specjax import SamplingParams, SpeculativeDecoder, cli
 from specjax.errors import ConfigError, SpecJAXError
-from specjax.evaluate import oracle, report, run
+from specjax.evaluate import compare, environment, oracle, report, run
+from specjax.evaluate.experiment import COMPARISONS, Experiment
 from specjax.evaluate.prompts import load_prompts
+from specjax.evaluate.results import Answer, Results
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
+PROMPTS = [
+    {"id": "p0", "category": "a", "turns": ["he he ", "second"]},
+    {"id": "p1", "category": "b", "turns": ["he he he he "]},
+    {"id": "p2", "category": "a", "turns": ["hello hello he he"]},
+]
+TIMES = re.compile("seconds|per_second|speedup|efficiency|harness")
 
-@pytest.fixture
-def config(model, tmp_path):
-    prompts = tmp_path / "prompts.jsonl"
-    lines = [{"id": f"p{i}", "category": "ab"[i % 2], "turns": ["he he " * (i + 1), "second"]} for i in range(3)]
-    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+def write_prompts(path, records=PROMPTS):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def experiment_config(model, folder, **fields):
+    method = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+    prompts = folder / "prompts.jsonl"
     return ConfigDict(
         {
             "target": str(model),
             "dtype": "float32",
-            "prompts": str(prompts),
-            "chat": True,
-            "num_prompts": 0,
+            "prompts": str(prompts) if prompts.exists() else write_prompts(prompts),
             "repeats": 2,
             "sampling": {"temperature": 0.0, "max_tokens": 16},
-            "methods": {"ngram": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}},
+            "methods": {"ngram": method},
+            **fields,
         }
     )
+
+
+@pytest.fixture
+def config(model, tmp_path):
+    return experiment_config(model, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    """A finished run: its config, folder and summary."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = experiment_config(model, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECJAX_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        return config, folder / "w", run.evaluate(config, folder / "w")
 
 
 def lines_of(workdir):
     return [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
 
 
-def test_the_summary_holds_what_was_measured(config, tmp_path):
-    summary = run.evaluate(config, tmp_path / "w")
-    assert json.loads((tmp_path / "w" / "summary.json").read_text())["target"] == config.target
-    assert summary["prompts"] == 3 and summary["dtype"] == "float32" and summary["baseline"]["tokens_per_second"] > 0
+def answers_of(workdir):
+    """Answers of one by one or batched runs by prompt, turn, method and repeat."""
+    lines = [line for line in lines_of(workdir) if "extra" not in line]
+    answers = [answer for line in lines for answer in line.get("answers", [line])]
+    return {(line["prompt"], line["turn"], line["method"], line["repeat"]): line for line in answers}
+
+
+def without_times(content):
+    """A summary less all that depends on clocks."""
+    if isinstance(content, dict):
+        return {key: without_times(value) for key, value in content.items() if not TIMES.search(key)}
+    return [without_times(value) for value in content] if isinstance(content, list | tuple) else content
+
+
+def test_the_summary_holds_what_was_measured(finished):
+    config, workdir, summary = finished
+    on_disk = json.loads((workdir / "summary.json").read_text())
+    assert on_disk["target"] == config.target and on_disk["finished"] and on_disk["schema"] == 2
+    assert (summary["prompts"], summary["turns"], summary["dtype"]) == (3, 4, "float32")
     row = summary["methods"]["ngram"]
-    assert row["num_speculative_tokens"] == 3
-    assert row["mismatch"] == 0 and row["identical"] + row["near_tie"] == 3
-    fastest = [
-        min(
-            (x for x in lines_of(tmp_path / "w") if x["prompt"] == p and x["method"] == "ngram"),
-            key=lambda x: x["decode_seconds"],
-        )
-        for p in ("p0", "p1", "p2")
-    ]
-    tokens = sum(len(x["token_ids"]) for x in fastest)
-    assert row["tokens_per_second"] == pytest.approx(tokens / sum(x["decode_seconds"] for x in fastest))
+    assert row["num_speculative_tokens"] == 3 and summary["config"]["methods"]["ngram"]["num_speculative_tokens"] == 3
+    assert row["mismatch"] == 0 and row["identical"] + row["near_tie"] == 4
+    fastest = {}
+    for (prompt, turn, method, _), answer in answers_of(workdir).items():
+        best = fastest.setdefault((prompt, turn, method), answer)
+        if answer["decode_seconds"] < best["decode_seconds"]:
+            fastest[prompt, turn, method] = answer
+    ours = [answer for key, answer in fastest.items() if key[2] == "ngram"]
+    assert row["num_tokens"] == sum(len(answer["token_ids"]) for answer in ours)
+    assert row["decode_seconds"] == pytest.approx(sum(answer["decode_seconds"] for answer in ours))
+    assert row["tokens_per_second"] == pytest.approx(row["num_tokens"] / row["decode_seconds"])
+    assert row["speedup"] == pytest.approx(row["tokens_per_second"] / summary["baseline"]["tokens_per_second"])
     assert row["efficiency"] == pytest.approx(row["speedup"] / row["acceptance_length"])
-    assert set(summary["by_category"]) == {"a", "b"}
+    low, high = row["tokens_per_second_range"]
+    assert low <= row["tokens_per_second_median"] <= high <= row["tokens_per_second"] * (1 + 1e-9)
+    assert row["speedup_interval"][0] <= row["speedup"] <= row["speedup_interval"][1]
+    assert row["acceptance_length_interval"][0] <= row["acceptance_length"] <= row["acceptance_length_interval"][1]
+    assert summary["failed"] == [] and 0 <= summary["harness_overhead"] < 1
     assert "| ngram" in report.summary_table(summary)
 
 
-def test_a_killed_run_is_resumed_without_losing_or_repeating_work(config, tmp_path):
-    class Killed(Exception):
-        pass
-
-    def kill(done, total, description):
-        if done == 5:
-            raise Killed
-
-    with pytest.raises(Killed):
-        run.evaluate(config, tmp_path, kill)
-    before = lines_of(tmp_path)
-    with (tmp_path / "results.jsonl").open("a") as file:
-        file.write('{"prompt": "p1", "meth')  # a line cut short by the kill
-    run.evaluate(config, tmp_path)
-    after = lines_of(tmp_path)
-    assert after[:5] == before
-    keys = [(line["prompt"], line["method"], line["repeat"]) for line in after]
-    assert len(set(keys)) == len(keys) == 12
+def test_categories_are_summed_over_their_own_prompts(finished):
+    _, workdir, summary = finished
+    assert {name: row["ngram"]["turns"] for name, row in summary["by_category"].items()} == {"a": 3, "b": 1}
+    counts = np.array(answers_of(workdir)["p1", 0, "ngram", 0]["acceptance_counts"])
+    length = 1 + (counts * np.arange(counts.size)).sum() / counts.sum()
+    assert summary["by_category"]["b"]["ngram"]["acceptance_length"] == pytest.approx(length)
+    assert summary["by_category"]["b"]["plain"]["speedup"] == pytest.approx(1.0)
 
 
-def test_another_experiments_workdir_is_refused(config, tmp_path):
-    run.evaluate(config, tmp_path)
+def test_methods_take_turns_within_each_prompt_turn_and_repeat(finished):
+    keys = list(answers_of(finished[1]))
+    units = [("p0", 0), ("p0", 1), ("p1", 0), ("p2", 0)]
+    assert keys == [(*unit, method, repeat) for unit in units for repeat in (0, 1) for method in ("plain", "ngram")]
+
+
+def test_a_second_turn_follows_plain_decodings_own_answer(finished):
+    """Decoding the conversation by hand gives the recorded answer of either method."""
+    config, workdir, _ = finished
+    answers = answers_of(workdir)
+    target = run.load_target(config.target)
+    first = {"role": "assistant", "content": answers["p0", 0, "plain", 0]["text"]}
+    history = [{"role": "user", "content": "he he "}, first, {"role": "user", "content": "second"}]
+    expected = SpeculativeDecoder(target).generate([history], SamplingParams(max_tokens=16)).token_ids[0]
+    assert answers["p0", 1, "plain", 1]["token_ids"] == answers["p0", 1, "ngram", 0]["token_ids"] == expected
+
+
+def test_examples_spell_the_recorded_answers(finished):
+    _, workdir, summary = finished
+    assert [(one["prompt"], one["category"], one["method"]) for one in summary["examples"]] == [
+        ("p0", "a", "ngram"),
+        ("p1", "b", "ngram"),
+    ]
+    for example in summary["examples"]:
+        text = "".join("".join(r["drafts"][: r["accepted"]]) + r["next"] for r in example["rounds"])
+        counts = np.array(answers_of(workdir)[example["prompt"], 0, "ngram", 0]["acceptance_counts"])
+        assert text and len(example["rounds"]) == counts.sum()
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.13, 0.5, 0.98])
+def test_a_killed_run_goes_on_to_the_same_summary(finished, kept, tmp_path):
+    """Cut at any byte: whole lines are kept as they are, a torn one is measured again."""
+    config, workdir, whole = finished
+    shutil.copy(workdir / "config.json", tmp_path)
+    content = (workdir / "results.jsonl").read_bytes()
+    cut = content[: int(kept * len(content))]
+    (tmp_path / "results.jsonl").write_bytes(cut)
+    summary = run.evaluate(config, tmp_path)
+    after = (tmp_path / "results.jsonl").read_bytes()
+    assert after.startswith(cut[: cut.rfind(b"\n") + 1])
+    assert len(answers_of(tmp_path)) == len(lines_of(tmp_path)) - 1 == 16  # and one line of examples
+    assert without_times(summary) == without_times(whole)
+
+
+def test_results_cut_at_any_byte_are_read_up_to_the_last_whole_line(tmp_path):
+    results = Results(tmp_path, {"a": 1})
+    for index in range(3):
+        results.append(Answer(f"é{index}", 0, "c", "plain", 0, token_ids=[index]))
+    results.append_extra("costs", {"x": 1})
+    content = results.path.read_bytes()
+    for cut in range(len(content) + 1):
+        results.path.write_bytes(content[:cut])
+        read = Results(tmp_path, {"a": 1})
+        num = content[:cut].count(b"\n")
+        assert (len(read), len(read.extras)) == (min(num, 3), int(num > 3))
+        assert results.path.read_bytes() == content[: content[:cut].rfind(b"\n") + 1]
+
+
+def test_ctrl_c_leaves_a_valid_partial_summary_and_exit_code_130(model, tmp_path, monkeypatch, capsys):
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    arguments = ["evaluate", "--config=eval_smollm2", f"--workdir={tmp_path / 'w'}", f"--config.target={model}"]
+    arguments += [f"--config.prompts={prompts}", "--config.sampling.max_tokens=16", "--config.repeats=1"]
+    append = Results.append
+
+    def interrupted(self, measured):
+        append(self, measured)
+        if len(self) == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Results, "append", interrupted)
+        assert cli.main(arguments) == 130
+    assert "goes on where it stopped" in capsys.readouterr().err
+    partial = json.loads((tmp_path / "w" / "summary.json").read_text())
+    assert not partial["finished"] and partial["baseline"]["num_tokens"] and len(lines_of(tmp_path / "w")) == 3
+    assert partial["methods"]["ngram"]["mismatch"] is None  # texts are compared at the end
+    assert cli.main(arguments) == 0
+    assert json.loads((tmp_path / "w" / "summary.json").read_text())["finished"]
+    assert len(answers_of(tmp_path / "w")) == 8
+
+
+def test_the_summary_is_refreshed_while_a_run_goes_on(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "REFRESH_SECONDS", 0.0)
+    seen = []
+
+    def look(done, total, description):
+        path = tmp_path / "summary.json"
+        seen.append((done, json.loads(path.read_text())["baseline"]["num_tokens"] if path.exists() else 0, description))
+
     config.repeats = 1
+    config.num_prompts = 1
+    run.evaluate(config, tmp_path, look)
+    assert seen[0][1] > 0 and seen[0][1] < seen[2][1]
+    assert re.match(r"ngram: [\d.]+ tokens/s", seen[1][2])
+
+
+def test_what_fails_is_recorded_and_the_run_goes_on(config, tmp_path, monkeypatch):
+    """A prompt beyond the context fails for all, together with the turn behind it; one method fails on p1 alone."""
+    records = [PROMPTS[0] | {"turns": ["z" * 600, "second"]}, *PROMPTS[1:]]
+    write_prompts(tmp_path / "prompts.jsonl", records)
+    config.repeats = 1
+    generate = SpeculativeDecoder.generate
+
+    def failing(self, prompts, *args, **kwargs):
+        if self.config is not None and prompts == [asked["p1"]]:
+            raise jax.errors.JaxRuntimeError("out of memory")
+        return generate(self, prompts, *args, **kwargs)
+
+    target = run.load_target(config.target)
+    asked = {"p1": run.encode_prompt(target.tokenizer, PROMPTS[1]["turns"][0], True)}
+    monkeypatch.setattr(SpeculativeDecoder, "generate", failing)
+    summary = run.evaluate(config, tmp_path / "w")
+    failed = {(f["prompt"], f["turn"], f["method"]): f["error"] for f in summary["failed"]}
+    assert set(failed) == {("p0", t, m) for t in (0, 1) for m in ("plain", "ngram")} | {("p1", 0, "ngram")}
+    assert "at most 511" in failed["p0", 0, "plain"] and "turn 0 of prompt 'p0'" in failed["p0", 1, "plain"]
+    assert failed["p1", 0, "ngram"] == "out of memory"
+    row = summary["methods"]["ngram"]
+    answers = answers_of(tmp_path / "w")
+    assert row["num_tokens"] == len(answers["p2", 0, "ngram", 0]["token_ids"])
+    p2 = [answers["p2", 0, method, 0] for method in ("plain", "ngram")]
+    rates = [len(answer["token_ids"]) / answer["decode_seconds"] for answer in p2]
+    assert row["speedup"] == pytest.approx(rates[1] / rates[0])  # over the prompts that both could answer
+    assert summary["baseline"]["num_tokens"] == sum(len(answers[p, 0, "plain", 0]["token_ids"]) for p in ("p1", "p2"))
+    assert row["identical"] + row["near_tie"] == 1
+
+
+def test_a_run_in_which_nothing_succeeds_ends_with_an_error(model, tmp_path, capsys):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", [{"id": "p", "turns": ["z" * 600]}])
+    arguments = ["evaluate", "--config=eval_smollm2", f"--workdir={tmp_path / 'w'}", f"--config.target={model}"]
+    assert cli.main([*arguments, f"--config.prompts={prompts}"]) == 2
+    assert "nothing could be measured of plain, ngram" in capsys.readouterr().err
+
+
+def test_batches_give_the_answers_of_one_by_one(model, tmp_path):
+    """Ragged prompts, two turns, float32; rows change hands: three rows for eight prompts."""
+    records = [{"id": f"p{i}", "category": "c", "turns": ["he llo " * (i % 5 + 1)] * (1 + i % 2)} for i in range(8)]
+    write_prompts(tmp_path / "prompts.jsonl", records)
+    fields = {"repeats": 1, "sampling": {"temperature": 0.0, "max_tokens": 12}}
+    alone = run.evaluate(experiment_config(model, tmp_path, **fields), tmp_path / "alone")
+    batched = run.evaluate(experiment_config(model, tmp_path, batch_size=3, **fields), tmp_path / "batched")
+    compared = "token_ids", "text", "finish_reason", "acceptance_counts", "drafted", "error"
+    one, many = answers_of(tmp_path / "alone"), answers_of(tmp_path / "batched")
+    assert len(one) == 24 and one.keys() == many.keys()
+    assert all(one[key][name] == many[key][name] for key in one for name in compared)
+    row = batched["methods"]["ngram"]
+    passes = [line for line in lines_of(tmp_path / "batched") if line.get("method") == "ngram"]
+    assert row["decode_seconds"] == pytest.approx(sum(line["decode_seconds"] for line in passes)) and len(passes) == 2
+    for name in ("acceptance_counts", "num_tokens", "identical", "near_tie", "mismatch"):
+        assert row[name] == alone["methods"]["ngram"][name]
+    assert row["speedup_interval"] is None and batched["by_category"]["c"]["ngram"]["tokens_per_second"] is None
+    content = (tmp_path / "batched" / "results.jsonl").read_bytes()
+    (tmp_path / "batched" / "results.jsonl").write_bytes(content[: len(content) // 2])
+    again = run.evaluate(experiment_config(model, tmp_path, batch_size=3, **fields), tmp_path / "batched")
+    assert without_times(again) == without_times(batched)
+
+
+def test_other_libraries_decode_the_same_prompts_to_the_same_tokens(model, tmp_path):
+    pytest.importorskip("torch")
+    config = experiment_config(model, tmp_path, repeats=1, compare=COMPARISONS, assistant=str(model), methods={})
+    config.num_prompts = 1
+    summary = run.evaluate(config, tmp_path / "w")
+    for name in ("transformers", "transformers-lookup", "transformers-assisted"):
+        row = summary["comparisons"][name]
+        assert row["identical"] == row["turns"] == 2 and row["num_tokens"] == summary["baseline"]["num_tokens"]
+        assert row["speedup"] == pytest.approx(row["tokens_per_second"] / summary["baseline"]["tokens_per_second"])
+    answer = answers_of(tmp_path / "w")["p0", 0, "transformers", 0]
+    assert answer["timed_tokens"] == len(answer["token_ids"]) - 1  # prefill gives the first
+    assert set(summary["comparisons"]) == set(COMPARISONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "fields", "reason"),
+    [
+        ("transformers", "torch", {}, "torch is not installed"),
+        ("vllm", "vllm", {}, "vllm is not installed"),
+        ("transformers-assisted", None, {}, "config.assistant"),
+        ("transformers", None, {"batch_size": 2}, "prompt by prompt"),
+        ("transformers-lookup", None, {"sampling": SamplingParams(temperature=1.0)}, "temperature 0"),
+        ("transformers", None, {"target": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_comparisons_that_cannot_run_say_why(name, missing, fields, reason, monkeypatch):
+    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda package: None if package == missing else package)
+    experiment = Experiment(**{"target": "t", "prompts": "built_in", "compare": (name,)} | fields)
+    ready, not_run = compare.comparisons(experiment, random_target(0))
+    assert not ready and reason in not_run[name]
+
+
+def test_another_experiments_workdir_is_refused(finished):
+    config, workdir, _ = finished
+    other = config.copy_and_resolve_references()
+    other.repeats = 1
     with pytest.raises(SpecJAXError, match="repeats was 2, is 1"):
-        run.evaluate(config, tmp_path)
+        run.evaluate(other, workdir)
+
+
+def test_measurements_of_other_code_are_told_apart(tmp_path):
+    for commit in ("one", "one", "two"):
+        results = Results(tmp_path, {"a": 1}, commit)
+        assert commit not in results.commits or len(results) == 1  # reading is no measurement
+        results.append(Answer("p", 0, "c", "plain", len(results)))
+    assert Results(tmp_path, {"a": 1}, "three").commits == ["one", "two"]
+    assert json.loads((tmp_path / "config.json").read_text())["commits"] == ["one", "two"]
+
+
+def test_the_commit_is_that_of_the_code_and_not_of_a_repository_around_it(tmp_path, monkeypatch):
+    commit = environment.source_commit()
+    assert commit is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", commit)
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
+    assert environment.source_commit() is None
 
 
 def test_an_unwritable_workdir_is_refused_before_the_model_is_loaded(config, tmp_path):
@@ -93,16 +338,38 @@ def test_an_unwritable_workdir_is_refused_before_the_model_is_loaded(config, tmp
         run.evaluate(config, tmp_path / "file" / "w")
 
 
-def test_a_method_named_plain_is_refused(config, tmp_path):
-    config.methods = ConfigDict({"plain": {"method": "ngram"}})
-    with pytest.raises(ConfigError, match="plain"):
-        run.evaluate(config, tmp_path)
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"methods": {"plain": {"method": "ngram"}}}, "methods.plain"),
+        ({"methods": {"vllm": {"method": "ngram"}}}, "methods.vllm"),
+        ({"repeats": 0}, "repeats=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"cost_batches": (0,)}, "cost_batches"),
+        ({"compare": ("jax",)}, "'jax'"),
+        ({"compare": "transformers"}, "expected a tuple"),
+        ({"batch_size": 2, "sampling": {"stop": ["x"]}}, "sampling.stop"),
+        ({"prompt": "x"}, "prompt='x'"),
+        ({"target": ""}, "target=''"),
+        ({"categories": ("c",)}, "expected some of a, b"),
+    ],
+)
+def test_wrong_fields_are_refused_by_name(config, fields, message, tmp_path):
+    config.unlock()
+    config.update(fields)
+    if "methods" in fields:
+        config.methods = ConfigDict(fields["methods"])
+    with pytest.raises(SpecJAXError, match=re.escape(message)):
+        run.evaluate(config, tmp_path / "w")
 
 
-def test_sampled_runs_report_no_agreement(config, tmp_path):
+def test_a_rule_that_does_not_fit_the_sampling_is_refused_before_anything_is_measured(config, tmp_path):
     config.sampling.temperature = 1.0
-    row = run.evaluate(config, tmp_path)["methods"]["ngram"]
-    assert (row["identical"], row["near_tie"], row["mismatch"]) == (None, None, None)
+    config.methods.ngram.unlock()
+    config.methods.ngram.rejection_sampling_strategy = "greedy"
+    with pytest.raises(ConfigError, match="greedy"):
+        run.evaluate(config, tmp_path / "w")
+    assert not (tmp_path / "w" / "results.jsonl").exists()
 
 
 @pytest.fixture(scope="module")
@@ -114,37 +381,59 @@ def greedy():
 
 def test_equal_outputs_are_identical(greedy):
     target, prompt, plain = greedy
-    assert oracle.compare_greedy(target, prompt, plain, plain) == "identical"
+    assert oracle.compare_greedy(target, prompt, plain, plain) == ("identical", None, None, None)
 
 
 def test_a_wrong_token_is_a_mismatch(greedy):
     target, prompt, plain = greedy
     wrong = [*plain[:4], (plain[4] + 1) % 97, *plain[5:]]
-    assert oracle.compare_greedy(target, prompt, plain, wrong) == "mismatch"
+    found = oracle.compare_greedy(target, prompt, plain, wrong)
+    assert (found.kind, found.at) == ("mismatch", 4) and found.gap > found.noise > 0
 
 
 def test_a_missing_end_is_a_mismatch(greedy):
     target, prompt, plain = greedy
-    assert oracle.compare_greedy(target, prompt, plain, plain[:-1]) == "mismatch"
+    assert oracle.compare_greedy(target, prompt, plain, plain[:-1]) == ("mismatch", 9, None, None)
 
 
 def test_a_tie_of_the_two_best_tokens_is_a_near_tie(greedy):
     """A copy of the best token's output column makes two tokens exactly equal."""
-    import dataclasses
-
     target, prompt, plain = greedy
     other = next(token for token in range(97) if token not in plain and token not in prompt)
     head = target.params["head"].at[:, other].set(target.params["head"][:, plain[4]])
     tied = dataclasses.replace(target, params=target.params | {"head": head})
     flipped = [*plain[:4], other, *plain[5:]]
-    assert oracle.compare_greedy(tied, prompt, plain, flipped) == "near_tie"
-    assert oracle.compare_greedy(target, prompt, plain, flipped) == "mismatch"
+    found = oracle.compare_greedy(tied, prompt, plain, flipped)
+    assert (found.kind, found.at) == ("near_tie", 4) and 0 <= found.gap <= found.noise
+    assert oracle.compare_greedy(target, prompt, plain, flipped).kind == "mismatch"
 
 
 def test_the_built_in_prompts_load_and_cover_twelve_categories():
     prompts = load_prompts("built_in")
     assert len(prompts) == len({prompt.category for prompt in prompts}) == 12
     assert len(load_prompts("built_in", 3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "num_prompts", "num_turns", "num_categories"),
+    [
+        ("spec_bench_odd", 240, 280, 13),
+        ("mt_bench_odd", 40, 80, 8),
+        ("humaneval_first80", 80, 80, 1),
+        ("gsm8k_test_100", 100, 100, 1),
+    ],
+)
+def test_the_shipped_sets_are_complete(name, num_prompts, num_turns, num_categories):
+    prompts = load_prompts(name)
+    assert (len(prompts), sum(len(prompt.turns) for prompt in prompts)) == (num_prompts, num_turns)
+    assert len({prompt.category for prompt in prompts}) == num_categories
+
+
+def test_categories_are_chosen_before_the_number_is_limited():
+    prompts = load_prompts("mt_bench_odd", 6, ("stem", "writing"))
+    assert [prompt.category for prompt in prompts] == ["writing"] * 5 + ["stem"]
+    with pytest.raises(SpecJAXError, match="'poetry' is not in prompts='mt_bench_odd'; expected some of writing, "):
+        load_prompts("mt_bench_odd", categories=("poetry",))
 
 
 @pytest.mark.parametrize(
@@ -163,3 +452,9 @@ def test_bad_prompt_files_are_refused_by_line(content, message, tmp_path):
     path.write_text(content)
     with pytest.raises(SpecJAXError, match=message):
         load_prompts(str(path))
+
+
+def test_every_experiment_field_is_commented_in_the_shipped_config():
+    text = Path(cli.config_path("eval_smollm2")).read_text()
+    for field in dataclasses.fields(Experiment):
+        assert re.search(rf"    # [^\n]+\n    config\.{field.name} = ", text), field.name
