@@ -19,17 +19,19 @@ from specjax.checkpoints.pretrained import cache_dir
 from specjax.config import SamplingParams, SpeculativeConfig
 from specjax.drafters import build_drafter, draft_model_for
 from specjax.drafters.base import Drafter, Features
+from specjax.drafters.paced import PacedParams
 from specjax.errors import ConfigError, DraftWarning, SpecJAXError
 from specjax.metrics import Metrics
+from specjax.pacing import round_seconds
 from specjax.sampling import Adjustment, SamplingState, ThinkingPhase
 from specjax.step import ERROR, LENGTH, PAD, RUNNING, STOP, DecodeState, Params, System, speculative_step
 from specjax.target import decoder
 from specjax.tokenizer import encode_prompt, think_tokens
-from specjax.verify import RULES, build_rule
-
 from specjax.trace import Round, empty_trace, row_rounds, spell
-PREFILL_BUCKETS = (16, 32, 64, 128, 256, 512)
+from specjax.verify import RULES, build_rule
 from specjax.view import AnswerView
+
+PREFILL_BUCKETS = (16, 32, 64, 128, 256, 512)
 """Window lengths that prefill is compiled for; a longer prompt runs through the last one several times."""
 
 NARROW_ROWS = 16
@@ -59,18 +61,16 @@ class GenerationResult:
         lossless: whether the acceptance rule keeps the target's distribution.
         logprobs: for each prompt None, or where SamplingParams.logprobs asks for it the target's log-probability (nats,
             before bias, penalties and temperature) of each of token_ids.
-    """
-
         traces: for each prompt the rounds that gave token_ids; None unless generate was called with trace=True.
         tokenizer: the target's, for show().
+    """
+
     texts: list[str]
     token_ids: list[list[int]]
     finish_reasons: list[str]
     metrics: Metrics
     lossless: bool
     logprobs: list[list[float] | None]
-
-
     traces: list[tuple[Round, ...]] | None = None
     tokenizer: Any = dataclasses.field(default=None, repr=False, compare=False)
 
@@ -92,6 +92,8 @@ class GenerationResult:
             raise SpecJAXError(f"index={index}: expected a prompt's, 0 <= index < {len(self.traces)}, or None for all.")
         chosen = self.traces if index is None else self.traces[index : index + 1]
         return AnswerView([spell(rounds, self.tokenizer) for rounds in chosen])
+
+
 @dataclasses.dataclass(frozen=True)
 class StreamChunk:
     """What became known of one prompt's output since the last chunk.
@@ -192,9 +194,9 @@ class Programs:
                 drafter=self.system.drafter.init(params.drafter, batch, capacity),
                 num_drafted=jnp.zeros(batch, jnp.int32),
                 acceptance_counts=jnp.zeros((batch, G + 1), jnp.int32),
+                trace=empty_trace(batch, capacity, G) if "trace" in rows else None,
             )
 
-                trace=empty_trace(batch, capacity, G) if "trace" in rows else None,
         shapes = tuple((name, *array.shape) for name, array in rows.items())
         return self._run(("init", *shapes), jax.jit(init), params, rows)
 
@@ -319,11 +321,24 @@ class SpeculativeDecoder:
             )
         system = System(functools.partial(decoder.apply, target.config), drafter, rule)
         self.params = Params(target.params, draft_params)
+        self._round_seconds: dict[int, np.ndarray] = {}
         self.programs = Programs(
             system,
             lambda batch, capacity: decoder.init_cache(target.config, batch, capacity, target.dtype),
             enforce_eager=config.enforce_eager if config else False,
         )
+
+    def params_for(self, rows: dict[str, np.ndarray]) -> Params:
+        """The weights that a batch of such rows decodes with; where the number of drafts is "auto", with what rounds of
+        this batch size cost, which is measured once.
+        """
+        if not isinstance(self.params.drafter, PacedParams):
+            return self.params
+        batch = rows["length"].size
+        if batch not in self._round_seconds:
+            self._round_seconds[batch] = round_seconds(self.programs, self.params, rows)
+        seconds = jnp.asarray(self._round_seconds[batch])
+        return self.params._replace(drafter=self.params.drafter._replace(seconds=seconds))
 
     def _drafter(self, draft: Target | None) -> tuple[Drafter, Any]:
         if draft is None:
@@ -338,6 +353,7 @@ class SpeculativeDecoder:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         chat: bool = True,
         min_capacity: int = 0,
+        trace: bool = False,
     ) -> GenerationResult:
         """Decodes prompts to their end.
 
@@ -346,6 +362,7 @@ class SpeculativeDecoder:
             sampling_params: one for all prompts or one each; None is greedy.
             chat: put texts through the tokenizer's chat template.
             min_capacity: cache positions to reserve at least, so that calls of different length share one program.
+            trace: record every round, for GenerationResult.traces and show().
 
         Raises:
             SpecJAXError: an empty or over-long prompt, parameters that don't fit; names the prompt.
@@ -353,7 +370,6 @@ class SpeculativeDecoder:
         requests = self.requests(prompts, sampling_params, chat)
         outputs: list[_Output] = []
         metrics: Metrics | None = None
-        trace: bool = False,
         for first in range(0, len(requests), self.max_batch_size):
             batch = _Batch(self, requests[first : first + self.max_batch_size], min_capacity, trace)
             for _ in batch.run(looks=any(request.params.stop for request in batch.requests)):
@@ -362,7 +378,6 @@ class SpeculativeDecoder:
             metrics = batch.metrics() if metrics is None else metrics + batch.metrics()
         assert metrics is not None  # requests are never empty
         self._warn_if_nothing_is_accepted(metrics)
-            trace: record every round, for GenerationResult.traces and show().
         return _result(outputs, metrics, RULES[self.rule_name].lossless, self.target.tokenizer)
 
     def stream(
@@ -485,6 +500,7 @@ class _Output:
     token_ids: list[int]
     finish_reason: str | None
     logprobs: list[float] | None
+    trace: tuple[Round, ...] | None
 
 
 class Stream:
@@ -500,7 +516,6 @@ class Stream:
 
     def __iter__(self) -> "Stream":
         return self
-    trace: tuple[Round, ...] | None
 
     def __next__(self) -> StreamChunk:
         return next(self._chunks)
@@ -530,6 +545,7 @@ class _Batch:
         self.owner = owner
         self.requests = requests
         self.min_capacity = min_capacity
+        self.trace = trace
         self.batch = min(owner.max_batch_size, 1 << (len(requests) - 1).bit_length())
         self.seconds = {"prefill": 0.0, "first_round": 0.0, "decode": 0.0}
         self.compile_seconds = 0.0
@@ -538,20 +554,20 @@ class _Batch:
 
     def run(self, looks: bool) -> Iterator[None]:
         """Decodes; yields each time that outputs() has news: after every few rounds with looks, else only once."""
-        programs, params = self.owner.programs, self.owner.params
+        programs = self.owner.programs
         compiled_before = programs.compile_seconds
 
         @contextlib.contextmanager
         def timed(*names):
             began, compiled = time.perf_counter(), programs.compile_seconds
             yield
-        self.trace = trace
             spent = time.perf_counter() - began - (programs.compile_seconds - compiled)
             for name in names:
                 self.seconds[name] += spent
 
         windows = prefill_windows(max(len(request.tokens) for request in self.requests) - 1)
         rows = self._rows(windows)
+        params = self.owner.params_for(rows)
         with timed("prefill"):
             state = programs.init(params, rows)
             for start, size in windows:
@@ -622,6 +638,15 @@ class _Batch:
         prompt = len(request.tokens)
         return self.snapshot["logprobs"][row, prompt : prompt + num].tolist()
 
+    def _rounds(self, row: int, num: int) -> tuple[Round, ...] | None:
+        """Of the first num tokens of a row's output, if they are recorded."""
+        trace = self.snapshot["trace"]
+        if trace is None:
+            return None
+        return row_rounds(
+            trace.drafts[row], trace.num_new[row], len(self.requests[row].tokens), self._tokens(row)[:num]
+        )
+
     def _output_tokens(self, row: int) -> list[int]:
         return self.stopped[row].token_ids if row in self.stopped else self._tokens(row)
 
@@ -638,15 +663,6 @@ class _Batch:
 
     def metrics(self) -> Metrics:
         rows = len(self.requests)
-    def _rounds(self, row: int, num: int) -> tuple[Round, ...] | None:
-        """Of the first num tokens of a row's output, if they are recorded."""
-        trace = self.snapshot["trace"]
-        if trace is None:
-            return None
-        return row_rounds(
-            trace.drafts[row], trace.num_new[row], len(self.requests[row].tokens), self._tokens(row)[:num]
-        )
-
         return Metrics(
             acceptance_counts=self.snapshot["acceptance_counts"][:rows].sum(axis=0).astype(np.int64),
             drafted=int(self.snapshot["num_drafted"][:rows].sum()),
@@ -765,6 +781,8 @@ def _result(outputs: list[_Output], metrics: Metrics, lossless: bool, tokenizer:
         metrics=metrics,
         lossless=lossless,
         logprobs=[output.logprobs for output in outputs],
+        traces=traces or None,
+        tokenizer=tokenizer,
     )
 
 
@@ -772,5 +790,3 @@ def enable_compilation_cache() -> None:
     """Turns jax's persistent compilation cache on, under the cache folder, unless the user has chosen one or none."""
     if getattr(jax.config, "jax_compilation_cache_dir", None) is None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
-        traces=traces or None,
-        tokenizer=tokenizer,
