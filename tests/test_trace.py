@@ -101,9 +101,9 @@ def test_more_prompts_than_rows_keep_their_own_rounds(target):
 
 def test_eager_execution_records_the_same_rounds(target, systems):
     config = systems["ngram"].config.model_copy(update={"enforce_eager": True})
-    params = SamplingParams(max_tokens=4)
-    eager = SpeculativeDecoder(target, config).generate([PROMPTS[2]], params, trace=True)
-    assert eager.traces == systems["ngram"].generate([PROMPTS[2]], params, trace=True).traces
+    params = SamplingParams(max_tokens=2)
+    eager = SpeculativeDecoder(target, config).generate([PROMPTS[4]], params, trace=True)
+    assert eager.traces == systems["ngram"].generate([PROMPTS[4]], params, trace=True).traces
 
 
 class ByteTokenizer:

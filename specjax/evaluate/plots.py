@@ -1,0 +1,263 @@
+"""Plots of a report as SVG elements for HTML pages: numbers come in, nothing is computed here but layout."""
+
+import io
+import math
+import re
+import textwrap
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6d00")
+"""Okabe and Ito's colours, which stay apart in every kind of colour blindness; markers and hatches repeat them."""
+
+NEUTRAL = "#8a929b"
+"""The colour of a series whose place is negative: what others are compared with."""
+
+MARKERS = "os^DvPX*"
+HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++", "---")
+WIDTH = 4.7
+"""Inches; small, so that letters stay readable where a telephone scales the plot to its width."""
+
+LONGEST_LABEL = 28
+
+SETTINGS: dict[str, Any] = {
+    "svg.fonttype": "path",  # looks the same where the fonts are not there
+    "text.parse_math": False,  # names may hold dollars
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#7a828c",
+    "axes.labelcolor": "#33393f",
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#e3e7eb",
+    "xtick.color": "#33393f",
+    "ytick.color": "#33393f",
+    "text.color": "#1b1f24",
+    "hatch.color": "#ffffff",
+    "hatch.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+}
+
+
+class Series(NamedTuple):
+    """Numbers that belong together; None where one was not measured.
+
+    Attributes:
+        label: in the legend or beside the bar.
+        x: where they stand; not used by bars.
+        y: the numbers.
+        low, high: ends of their intervals, or empty.
+        measured: single points beside a line, as (x, y, low, high); low and high may be None.
+        colour: its place among COLOURS and markers; None is its place among the series.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float | None]
+    low: Sequence[float | None] = ()
+    high: Sequence[float | None] = ()
+    measured: Sequence[tuple[float, float, float | None, float | None]] = ()
+    colour: int | None = None
+
+    def place(self, index: int) -> int:
+        """Among COLOURS, for the series that stands at an index."""
+        return index if self.colour is None else self.colour
+
+
+def bars(prefix: str, title: str, axis: str, series: Sequence[Series], reference: float | None = None) -> str:
+    """One horizontal bar for each series, of its first number, with its interval; returns an SVG element.
+
+    Args:
+        prefix: makes the ids of the element unique in its page.
+        title, axis: what it shows, and in which unit.
+        series: from top to bottom.
+        reference: where to draw a line, if anywhere.
+    """
+
+    def draw(axes: Axes) -> None:
+        shown = [(row, _number(one.y[0])) for row, one in enumerate(series)]
+        ends = [_number(one.high[0]) if one.high else value for one, (_, value) in zip(series, shown, strict=True)]
+        widest = max([*(end for end in ends if end == end), *(value for _, value in shown if value == value), 1e-9])
+        for row, value in shown:
+            one = series[row]
+            axes.barh(row, value, height=0.62, color=_colour(one.place(row)))
+            low, high = (_number(end[0]) if end else math.nan for end in (one.low, one.high))
+            if low == low and high == high:
+                axes.plot([low, high], [row, row], color="#1b1f24", linewidth=1.2, marker="|", markersize=7)
+            text, place = (
+                (f"{value:.2f}" if value < 20 else f"{value:.1f}"),
+                max(value, high if high == high else value),
+            )
+            if value == value:
+                axes.annotate(text, (place, row), (5, 0), textcoords="offset points", va="center", fontsize=8.5)
+        if reference is not None:
+            axes.axvline(reference, color="#1b1f24", linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xlim(0, max(widest, reference or 0) * 1.16)
+        axes.set_yticks(range(len(series)), [_short(one.label) for one in series])
+        axes.set_ylim(len(series) - 0.4, -0.6)
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(axis)
+
+    return _svg(prefix, title, 1.05 + 0.3 * len(series), draw)
+
+
+def lines(
+    prefix: str, title: str, axes_labels: tuple[str, str], series: Sequence[Series], reference: float | None = None
+) -> str:
+    """Lines with markers, and hollow points where something was measured beside a line; returns an SVG element.
+
+    With a reference the vertical axis shows what lies around it, without one it begins at 0.
+    """
+
+    def draw(axes: Axes) -> None:
+        for index, one in enumerate(series):
+            colour, marker = _colour(one.place(index)), MARKERS[one.place(index) % len(MARKERS)]
+            values = [_number(value) for value in one.y]
+            axes.plot(one.x, values, color=colour, marker=marker, markersize=4, linewidth=1.6, label=_short(one.label))
+            for x, y, low, high in one.measured:
+                if low is not None and high is not None:
+                    axes.plot([x, x], [low, high], color=colour, linewidth=1.2)
+                style = {"markerfacecolor": "#ffffff", "markeredgecolor": colour, "markeredgewidth": 1.8}
+                axes.plot([x], [y], linestyle="", marker=marker, markersize=8, zorder=4, **style)
+        if any(one.measured for one in series):
+            style = {"markerfacecolor": "#ffffff", "markeredgecolor": "#555555", "markeredgewidth": 1.8}
+            axes.plot([], [], linestyle="", marker="o", markersize=8, label="measured", **style)
+        if reference is not None:
+            axes.axhline(reference, color="#1b1f24", linewidth=1, linestyle=(0, (4, 3)))
+        if reference is None:
+            axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(axes_labels[0])
+        axes.set_ylabel(axes_labels[1])
+
+    return _svg(prefix, title, 3.1 + _legend_height(len(series)), draw, legend=True)
+
+
+def grouped_bars(prefix: str, title: str, axes_labels: tuple[str, str], series: Sequence[Series]) -> str:
+    """Upright bars, side by side where series share an x; returns an SVG element."""
+
+    def draw(axes: Axes) -> None:
+        width = 0.84 / max(len(series), 1)
+        for index, one in enumerate(series):
+            places = [x + (index - (len(series) - 1) / 2) * width for x in one.x]
+            values = [_number(value) for value in one.y]
+            hatch = HATCHES[one.place(index) % len(HATCHES)]
+            style = {"color": _colour(one.place(index)), "hatch": hatch, "edgecolor": "#ffffff"}
+            axes.bar(places, values, width=width, linewidth=0.4, label=_short(one.label), **style)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(False, axis="x")
+        axes.set_xlabel(axes_labels[0])
+        axes.set_ylabel(axes_labels[1])
+
+    return _svg(prefix, title, 3.1 + _legend_height(len(series)), draw, legend=True)
+
+
+def stacked_bars(prefix: str, title: str, axis: str, names: Sequence[str], series: Sequence[Series]) -> str:
+    """One horizontal bar for each name, made of one piece of every series; returns an SVG element."""
+
+    def draw(axes: Axes) -> None:
+        left = [0.0] * len(names)
+        for index, one in enumerate(series):
+            values = [value or 0.0 for value in one.y]
+            style = {"color": _colour(index), "hatch": HATCHES[index % len(HATCHES)], "edgecolor": "#ffffff"}
+            axes.barh(range(len(names)), values, 0.62, left, linewidth=0.4, label=_short(one.label), **style)
+            left = [before + value for before, value in zip(left, values, strict=True)]
+        axes.set_yticks(range(len(names)), [_short(name) for name in names])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.grid(False, axis="y")
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel(axis)
+
+    return _svg(prefix, title, 1.1 + 0.32 * len(names) + _legend_height(len(series)), draw, legend=True)
+
+
+def heat_map(
+    prefix: str, title: str, scale: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[Any]]
+) -> str:
+    """Ratios as a table of colours, white at 1, each with its number; returns an SVG element."""
+
+    def draw(axes: Axes) -> None:
+        logs = [[math.log2(value) if value else math.nan for value in map(_number, row)] for row in values]
+        largest = max([abs(value) for row in logs for value in row if value == value] + [0.25])
+        style = {"cmap": "PuOr_r", "vmin": -largest, "vmax": largest, "edgecolors": "#ffffff", "linewidth": 1.5}
+        axes.pcolormesh(logs, **style)
+        for row, line in enumerate(logs):
+            for column, value in enumerate(line):
+                text = "–" if value != value else f"{2**value:.2f}"
+                style = {"color": "#ffffff" if abs(value) > 0.72 * largest else "#1b1f24", "fontsize": 8.5}
+                axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", **style)
+        slanted = len(columns) > 4
+        style = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
+        axes.set_xticks([0.5 + place for place in range(len(columns))], [_short(name, 18) for name in columns], **style)
+        axes.set_yticks([0.5 + place for place in range(len(rows))], [_short(name) for name in rows])
+        axes.set_ylim(len(rows), 0)
+        axes.grid(False)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        axes.set_xlabel(scale)
+
+    return _svg(prefix, title, 1.2 + 0.27 * len(rows) + (0.5 if len(columns) > 4 else 0), draw)
+
+
+def _svg(prefix: str, title: str, height: float, draw: Callable[[Axes], None], legend: bool = False) -> str:
+    with rc_context(SETTINGS | {"svg.hashsalt": prefix}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names may be in any script
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        # Over the whole figure, so that it begins where the names of bars begin.
+        figure.suptitle(textwrap.fill(title, 46), x=0.015, ha="left", fontsize=10.5, fontweight="bold")
+        handles, labels = axes.get_legend_handles_labels()
+        if legend and len(labels) > 1:
+            columns = 3 if max(map(len, labels)) < 14 else 2
+            figure.legend(handles, labels, loc="outside lower center", ncols=columns)
+        file = io.StringIO()
+        metadata: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", metadata=metadata, transparent=True)
+    return _inline(file.getvalue(), prefix)
+
+
+def _inline(svg: str, prefix: str) -> str:
+    """An SVG file as an element of an HTML page: its ids are its own, it names no file and styles nothing else."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href=", "href=")
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r"(href=\"|url\()#", rf"\1#{prefix}-", svg)
+    svg = re.sub(r'^<svg height="[\d.]+pt"|^<svg', "<svg", svg)
+    head, rest = svg.split(">", 1)
+    head = re.sub(r'\s(width|height)="[\d.]+pt"', "", head)
+    return f"{head}>{rest.strip()}"
+
+
+def _legend_height(num_series: int) -> float:
+    return 0.2 * math.ceil(num_series / 2) if num_series > 1 else 0.0
+
+
+def _colour(place: int) -> str:
+    return COLOURS[place % len(COLOURS)] if place >= 0 else NEUTRAL
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _short(label: str, longest: int = LONGEST_LABEL) -> str:
+    """A label in one short line. Matplotlib leaves labels out of legends that begin with an underscore."""
+    label = " ".join(label.split())
+    label = label if len(label) <= longest else f"{label[: longest - 1]}…"
+    return f" {label}" if label.startswith("_") else label
