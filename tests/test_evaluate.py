@@ -108,6 +108,7 @@ def test_the_summary_holds_what_was_measured(finished):
     assert row["acceptance_length_interval"][0] <= row["acceptance_length"] <= row["acceptance_length_interval"][1]
     assert summary["failed"] == [] and 0 <= summary["harness_overhead"] < 1
     assert "| ngram" in report.summary_table(summary)
+    assert "ngram" in (workdir / "report.md").read_text() and "</html>" in (workdir / "report.html").read_text()
 
 
 def test_categories_are_summed_over_their_own_prompts(finished):
@@ -195,6 +196,7 @@ def test_ctrl_c_leaves_a_valid_partial_summary_and_exit_code_130(model, tmp_path
     partial = json.loads((tmp_path / "w" / "summary.json").read_text())
     assert not partial["finished"] and partial["baseline"]["num_tokens"] and len(lines_of(tmp_path / "w")) == 3
     assert partial["methods"]["ngram"]["mismatch"] is None  # texts are compared at the end
+    assert "</html>" in (tmp_path / "w" / "report.html").read_text()
     assert cli.main(arguments) == 0
     assert json.loads((tmp_path / "w" / "summary.json").read_text())["finished"]
     assert len(answers_of(tmp_path / "w")) == 8
@@ -305,6 +307,26 @@ def test_comparisons_that_cannot_run_say_why(name, missing, fields, reason, monk
     experiment = Experiment(**{"target": "t", "prompts": "built_in", "compare": (name,)} | fields)
     ready, not_run = compare.comparisons(experiment, random_target(0))
     assert not ready and reason in not_run[name]
+
+
+def test_costs_and_profile_are_measured_once_and_predict_speedups(model, tmp_path):
+    config = experiment_config(model, tmp_path, repeats=1, costs=True, profile=True, step_context=40, num_prompts=1)
+    config.methods.ngram.num_speculative_tokens = 1
+    summary = run.evaluate(config, tmp_path / "w")
+    measured, predicted = summary["costs"], summary["predicted"]["ngram"]
+    assert (measured["context"], measured["batch"], measured["widths"]) == (40, [1], [1, 2])
+    assert predicted["K"] == [0, 1] and predicted["speedup"][0] == 1.0
+    row, draft = summary["methods"]["ngram"], measured["draft_ms"]["ngram"]["ms"][0]
+    one, two = measured["score_ms"][0]
+    share = row["drafted"] / sum(row["acceptance_counts"])
+    cost = share * two + (1 - share) * one + draft + measured["rest_ms"]
+    assert predicted["speedup"][1] == pytest.approx(row["acceptance_length"] * (one + measured["rest_ms"]) / cost)
+    assert set(summary["profile"]) == {"plain", "ngram"}
+    assert set(summary["profile"]["ngram"]) == {
+        f"{part}_ms" for part in ("propose", "score", "verify", "commit", "round")
+    }
+    again = run.evaluate(config, tmp_path / "w")
+    assert again["costs"] == measured and again["profile"] == summary["profile"]
 
 
 def test_another_experiments_workdir_is_refused(finished):

@@ -12,7 +12,7 @@ from specjax.evaluate.statistics import bootstrap_interval, median_and_range
 from specjax.evaluate.summary import fastest, repeat_rates
 from specjax.metrics import Metrics
 
-NGRAM = SpeculativeConfig(method="ngram", num_speculative_tokens=3, prompt_lookup_min=1, prompt_lookup_max=2)
+NGRAM = SpeculativeConfig(method="ngram", num_speculative_tokens=2, prompt_lookup_min=1, prompt_lookup_max=2)
 TOKENS = (np.arange(20) % 5 + 10).tolist()
 
 
@@ -59,7 +59,7 @@ def test_predictions_use_the_batch_that_was_run():
 
 def test_the_parts_of_the_step_commit_the_tokens_of_the_whole():
     owner = SpeculativeDecoder(random_target(3), NGRAM, max_batch_size=2)
-    sampling = SamplingParams(temperature=1.0, seed=1)
+    sampling = SamplingParams()
     params, state = costs._running_state(owner, TOKENS, sampling)
     seconds, by_parts = costs._timed_rounds(costs._parts(owner.programs.system), params, state)
     params, state = costs._running_state(owner, TOKENS, sampling)
@@ -73,13 +73,16 @@ def test_the_parts_of_the_step_commit_the_tokens_of_the_whole():
 def test_measured_costs_have_a_number_for_every_batch_width_and_count(monkeypatch):
     monkeypatch.setattr(costs, "REPEATS", 1)
     target = random_target(3)
-    plain = SpeculativeDecoder(target, None, max_batch_size=2)
-    methods = {"ngram": (NGRAM, SpeculativeDecoder(target, NGRAM, max_batch_size=2))}
-    found = costs.measure_costs(target, methods, plain, TOKENS, SamplingParams(), [1, 2])
-    assert (found["context"], found["batch"], found["widths"]) == (20, [1, 2], [1, 2, 3, 4])
-    assert np.shape(found["score_ms"]) == (2, 4) and np.min(found["score_ms"]) > 0
-    assert found["draft_ms"]["ngram"]["K"] == [1, 2, 3] and len(found["draft_ms"]["ngram"]["ms"]) == 3
-    assert found["draft_ms"]["ngram"]["idle"] and found["rest_ms"] > 0
+    methods = {"plain": None, "ngram": NGRAM}
+    decoders = {name: SpeculativeDecoder(target, method, max_batch_size=2) for name, method in methods.items()}
+    phases = {name: dict.fromkeys((*costs.PHASES, "round"), 0.5) for name in decoders}
+    phases["ngram"]["propose"] = 7.0
+    found = costs.measure_costs(decoders, phases, TOKENS, SamplingParams(), [1, 2])
+    assert (found["context"], found["batch"], found["widths"]) == (20, [1, 2], [1, 2, 3])
+    assert np.shape(found["score_ms"]) == (2, 3) and np.min(found["score_ms"]) > 0
+    assert found["draft_ms"]["ngram"]["K"] == [1, 2] and len(found["draft_ms"]["ngram"]["ms"]) == 2
+    assert found["draft_ms"]["ngram"]["ms"][1] == 7.0 and found["rest_ms"] == 1.0  # what was measured already
+    assert found["draft_ms"]["ngram"]["idle"]
 
 
 def test_a_context_without_room_for_the_rounds_is_refused():

@@ -183,31 +183,17 @@ def _timed_rounds(
     return seconds, state
 
 
-def draft_milliseconds(
-    target: Target,
-    method: SpeculativeConfig,
-    counts: Sequence[int],
-    batch: int,
-    tokens: Sequence[int],
-    sampling: SamplingParams,
-    rest: float,
-) -> list[float]:
-    """What a round costs beyond scoring and beyond `rest`, for each of some numbers of drafts, in milliseconds.
+def draft_milliseconds(phases: Mapping[str, float], rest: float) -> float:
+    """What a round costs beyond scoring and beyond `rest`.
 
-    Proposing, and what verifying and committing take longer than in plain decoding: there a drafter learns from the
-    round.
+    That is proposing, and what verifying and committing take longer than in plain decoding: there a drafter learns
+    from the round.
 
     Args:
-        counts: K, drafts a round.
+        phases: as phase_milliseconds gives them.
         rest: milliseconds of verifying and committing in plain decoding.
     """
-    spent = []
-    for num in counts:
-        fields = method.model_dump(exclude_unset=True) | {"num_speculative_tokens": num}
-        owner = SpeculativeDecoder(target, SpeculativeConfig.model_validate(fields), max_batch_size=batch)
-        phases = phase_milliseconds(owner, tokens, sampling, repeats=2)
-        spent.append(max(phases["propose"] + phases["verify"] + phases["commit"] - rest, 0.0))
-    return spent
+    return max(phases["propose"] + phases["verify"] + phases["commit"] - rest, 0.0)
 
 
 def predicted_speedups(
@@ -246,9 +232,8 @@ def drafting_share(metrics: Metrics, batch: int) -> float:
 
 
 def measure_costs(
-    target: Target,
-    methods: Mapping[str, tuple[SpeculativeConfig, SpeculativeDecoder]],
-    plain: SpeculativeDecoder,
+    decoders: Mapping[str, SpeculativeDecoder],
+    phases: Mapping[str, Mapping[str, float]],
     tokens: Sequence[int],
     sampling: SamplingParams,
     batches: Sequence[int],
@@ -258,31 +243,43 @@ def measure_costs(
     "idle" says that rounds in which no row has drafts score one token only.
 
     Args:
-        methods: name -> its config and decoder.
-        plain: the decoder without drafts, at the batch size of the run.
+        decoders: of the methods, by name, at the batch size of the run; one of them decodes plainly.
+        phases: what phase_milliseconds gives for each.
         tokens: token ids that the caches hold.
         batches: rows of the curve.
     """
-    batch = plain.max_batch_size
-    drafts = {name: owner.programs.system.drafter.num_speculative_tokens for name, (_, owner) in methods.items()}
-    widths = list(range(1, max(drafts.values(), default=0) + 2))
-    phases = phase_milliseconds(plain, tokens, sampling)
-    rest = phases["verify"] + phases["commit"]
+    plain, owner = next((name, owner) for name, owner in decoders.items() if owner.config is None)
+    rest = phases[plain]["verify"] + phases[plain]["commit"]
+    largest = max(decoder.programs.system.drafter.num_speculative_tokens for decoder in decoders.values())
+    widths = list(range(1, largest + 2))
+    drafts = {
+        name: _draft_curve(decoder, phases[name], tokens, sampling, rest)
+        for name, decoder in decoders.items()
+        if decoder.config is not None
+    }
     return {
         "context": len(tokens),
         "batch": list(batches),
         "widths": widths,
-        "score_ms": score_milliseconds(target, tokens, batches, widths),
+        "score_ms": score_milliseconds(owner.target, tokens, batches, widths),
         "rest_ms": rest,
-        "draft_ms": {
-            name: {
-                "K": list(range(1, drafts[name] + 1)),
-                "ms": draft_milliseconds(target, method, range(1, drafts[name] + 1), batch, tokens, sampling, rest),
-                "idle": owner.programs.system.drafter.widths[0] == 1,
-            }
-            for name, (method, owner) in methods.items()
-        },
+        "draft_ms": drafts,
     }
+
+
+def _draft_curve(
+    owner: SpeculativeDecoder, phases: Mapping[str, float], tokens: Sequence[int], sampling: SamplingParams, rest: float
+) -> dict[str, Any]:
+    """What drafting costs for K = 1 .. G drafts a round; with G it is in the method's own phases."""
+    assert owner.config is not None  # a drafting method
+    drafter, fields = owner.programs.system.drafter, owner.config.model_dump(exclude_unset=True)
+    spent = []
+    for num in range(1, drafter.num_speculative_tokens):
+        config = SpeculativeConfig.model_validate(fields | {"num_speculative_tokens": num})
+        fewer = SpeculativeDecoder(owner.target, config, max_batch_size=owner.max_batch_size)
+        spent.append(draft_milliseconds(phase_milliseconds(fewer, tokens, sampling, repeats=2), rest))
+    spent.append(draft_milliseconds(phases, rest))
+    return {"K": list(range(1, len(spent) + 1)), "ms": spent, "idle": drafter.widths[0] == 1}
 
 
 def predict(costs: Mapping[str, Any], totals: Mapping[str, Metrics], batch: int) -> dict[str, Any]:

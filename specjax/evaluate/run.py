@@ -18,6 +18,7 @@ from specjax.evaluate.compare import Generate, comparisons
 from specjax.evaluate.experiment import PLAIN, Experiment, identity
 from specjax.evaluate.files import write_json
 from specjax.evaluate.prompts import Prompt, load_prompts
+from specjax.evaluate.report import write_report
 from specjax.evaluate.results import Answer, Pass, Results
 from specjax.evaluate.summary import Run, fastest, summarise
 from specjax.generate import GenerationResult, SpeculativeDecoder
@@ -39,10 +40,10 @@ Measured = TypeVar("Measured")
 
 
 def evaluate(config: ConfigDict, workdir: str | os.PathLike[str], progress: Progress | None = None) -> dict[str, Any]:
-    """Runs the experiment that a config describes and writes results.jsonl and summary.json into workdir.
+    """Runs the experiment that a config describes; writes results.jsonl, summary.json and a report into workdir.
 
     Every result is appended and synced as it is measured; the same command again goes on where it stopped. After
-    Ctrl-C summary.json holds what there is. What fails is recorded, and the run goes on.
+    Ctrl-C summary and report hold what there is. What fails is recorded, and the run goes on.
 
     Prompts of several turns are answered turn by turn. The history of a turn holds plain decoding's own answers of
     repeat 0, for every method and every repeat, so that all of them decode the same prompt.
@@ -69,8 +70,11 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str], progress: Prog
         evaluation.measure_extras()
     except KeyboardInterrupt:
         evaluation.write_summary(finished=False)
+        write_report([workdir])
         raise
-    return evaluation.write_summary(finished=True)
+    summary = evaluation.write_summary(finished=True)
+    write_report([workdir])
+    return summary
 
 
 class _Evaluation:
@@ -240,23 +244,20 @@ class _Evaluation:
 
     def measure_extras(self) -> None:
         """Measures what is measured once a run: costs, the profile, and the examples."""
-        experiment, extras = self.experiment, self.results.extras
-        methods = {name: (method, self.decoders[name]) for name, method in experiment.methods.items()}
+        experiment, extras, context = self.experiment, self.results.extras, self._context()
+        if (experiment.costs or experiment.profile) and "phases" not in extras:
+            self._say("parts of a round")
+            phases = {
+                name: costs.phase_milliseconds(decoder, context, experiment.sampling)
+                for name, decoder in self.decoders.items()
+            }
+            self.results.append_extra("phases", phases)
         if experiment.costs and "costs" not in extras:
             self._say("costs")
             batches = sorted({1, experiment.batch_size, *experiment.cost_batches})
-            measured = costs.measure_costs(
-                self.target, methods, self.decoders[PLAIN], self._context(), experiment.sampling, batches
-            )
+            measured = costs.measure_costs(self.decoders, extras["phases"], context, experiment.sampling, batches)
             self.results.append_extra("costs", measured)
-        if experiment.profile and "profile" not in extras:
-            self._say("profile")
-            profile = {}
-            for name, decoder in self.decoders.items():
-                spent = costs.phase_milliseconds(decoder, self._context(), experiment.sampling)
-                profile[name] = {f"{part}_ms": milliseconds for part, milliseconds in spent.items()}
-            self.results.append_extra("profile", profile)
-        if methods and "examples" not in extras:
+        if experiment.methods and "examples" not in extras:
             self._say("examples")
             self.results.append_extra("examples", list(self._examples()))
 

@@ -121,10 +121,16 @@ def summarise(run: Run, finished: bool) -> dict[str, Any]:
         "differences": differences,
         "costs": costs,
         "predicted": _predicted(run, costs) if costs else None,
-        "profile": results.extras.get("profile"),
+        "profile": _profile(results.extras.get("phases")) if experiment.profile else None,
         "examples": results.extras.get("examples", []),
         "harness_overhead": _harness_overhead(results),
     }
+
+
+def _profile(phases: Mapping[str, Mapping[str, float]] | None) -> dict[str, dict[str, float]] | None:
+    if phases is None:
+        return None
+    return {name: {f"{part}_ms": spent for part, spent in parts.items()} for name, parts in phases.items()}
 
 
 def _predicted(run: Run, costs: Mapping[str, Any]) -> dict[str, Any]:
