@@ -100,7 +100,6 @@ NOT_YET = {
     "method=suffix": _SUFFIX,
     "method=dflash": _PARALLEL,
     "method=extract_hidden_states": "extraction of hidden states",
-    "draft_tensor_parallel_size": "tensor parallelism of the draft model",
     "quantization": "quantised draft weights",
     "moe_backend": "mixture-of-experts drafts",
     "code_revision": "remote model code",
@@ -314,6 +313,14 @@ class SpeculativeConfig(_Settings):
         "this way, with the weights that it already has. Default: None, all layers.",
         expected="an integer >= 1, in layers, and less than the draft model has",
         remedy="models that were not trained to exit early draft well with nearly all of their layers only",
+        ge=1,
+    )
+    draft_tensor_parallel_size: Integer | None = _setting(
+        None,
+        "Parts that the draft model's or head's weights are split into over the target's mesh; 1 gives every device "
+        "all of them. Default: None, as many as the target's.",
+        expected="1, or the target's MeshConfig.model",
+        remedy="leave the field out to split the drafter as the target is",
         ge=1,
     )
     max_model_len: Integer | None = _setting(
@@ -631,9 +638,8 @@ class SpeculativeConfig(_Settings):
         if values.get("tensor_parallel_size") is not None:
             raise ConfigError(
                 f"{cls.__name__}.tensor_parallel_size={values['tensor_parallel_size']!r}{where}: expected "
-                "draft_tensor_parallel_size, the field for the draft model; the target's parallelism is set where "
-                f"the target is loaded. {NOT_YET['draft_tensor_parallel_size'].capitalize()} is not in this version "
-                "of SpecJAX yet: leave it out."
+                "draft_tensor_parallel_size, the field for the draft model; the target's parallelism is MeshConfig's, "
+                "which load_target and SpeculativeDecoder take."
             )
         for key, value in values.items():
             name = KEY_ALIASES.get(key, key)
@@ -936,3 +942,37 @@ class SamplingParams(_Settings):
         """Whether a bias or a penalty changes the logits before the temperature does."""
         penalties = self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
         return penalties or any(bias != 0.0 for _, bias in self.logit_bias)
+
+
+class MeshConfig(_Settings):
+    """Over how many devices a decoder's arrays are spread: data times model of them.
+
+    Rows of a batch are split over data; weights, KV heads and vocabulary over model.
+
+    Raises:
+      ConfigError: a field is unknown or wrong.
+
+    Example:
+      >>> MeshConfig(data=2, model=4).num_devices
+      8
+    """
+
+    data: Integer = _setting(
+        1,
+        "Parts that the rows of a batch are split into. Default: 1.",
+        expected="an integer >= 1",
+        remedy="give a divisor of the batch size: a smaller batch is whole on every device",
+        ge=1,
+    )
+    model: Integer = _setting(
+        1,
+        "Parts that weights, caches and logits are split into. Default: 1.",
+        expected="an integer >= 1",
+        remedy="give a divisor of the target's heads, MLP width and vocabulary",
+        ge=1,
+    )
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that it takes."""
+        return self.data * self.model

@@ -16,7 +16,7 @@ import numpy as np
 from specjax import cache as kv
 from specjax.checkpoints.load import Target
 from specjax.checkpoints.pretrained import cache_dir
-from specjax.config import SamplingParams, SpeculativeConfig
+from specjax.config import MeshConfig, SamplingParams, SpeculativeConfig
 from specjax.drafters import build_drafter, draft_model_for
 from specjax.drafters.base import Drafter, Features
 from specjax.drafters.paced import PacedParams
@@ -24,6 +24,7 @@ from specjax.errors import ConfigError, DraftWarning, SpecJAXError
 from specjax.metrics import Metrics
 from specjax.pacing import round_seconds
 from specjax.sampling import Adjustment, SamplingState, ThinkingPhase
+from specjax.sharding import state_shardings
 from specjax.step import ERROR, LENGTH, PAD, RUNNING, STOP, DecodeState, Params, System, speculative_step
 from specjax.target import decoder
 from specjax.tokenizer import encode_prompt, think_tokens
@@ -160,8 +161,15 @@ class Programs:
         num_compiled: programs so far.
     """
 
-    def __init__(self, system: System, init_cache: Callable[[int, int], Any], enforce_eager: bool = False):
+    def __init__(
+        self,
+        system: System,
+        init_cache: Callable[[int, int], Any],
+        enforce_eager: bool = False,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
         self.system = system
+        self.mesh = mesh
         self.compile_seconds = 0.0
         self.num_compiled = 0
         self._init_cache = init_cache
@@ -198,23 +206,31 @@ class Programs:
             )
 
         shapes = tuple((name, *array.shape) for name, array in rows.items())
-        return self._run(("init", *shapes), jax.jit(init), params, rows)
+        out = self._shardings(jax.eval_shape(init, params, rows))
+        return self._run(("init", *shapes), jax.jit(init, out_shardings=out), params, rows)
 
     def prefill(self, params: Params, state: DecodeState, start: int, size: int) -> DecodeState:
         """See prefill. The state is donated."""
-        function = jax.jit(functools.partial(prefill, self.system, size=size), donate_argnums=1)
+        run = functools.partial(prefill, self.system, size=size)
+        function = jax.jit(run, donate_argnums=1, out_shardings=self._shardings(state))
         return self._run(("prefill", size, *_state_key(state)), function, params, state, np.int32(start))
 
     def decode(self, params: Params, state: DecodeState, num_rounds: int) -> DecodeState:
         """See decode. The state is donated."""
         options = narrow_options() if state.length.size <= NARROW_ROWS else None
-        function = jax.jit(functools.partial(decode, self.system), donate_argnums=1, compiler_options=options)
+        run = functools.partial(decode, self.system)
+        out = self._shardings(state)
+        function = jax.jit(run, donate_argnums=1, out_shardings=out, compiler_options=options)
         return self._run(("decode", *_state_key(state)), function, params, state, np.int32(num_rounds))
 
     def place(self, state: DecodeState, fresh: DecodeState, rows: np.ndarray) -> DecodeState:
         """See place. The state is donated."""
         key = "place", rows.size, *_state_key(state)
-        return self._run(key, jax.jit(place, donate_argnums=0), state, fresh, rows)
+        function = jax.jit(place, donate_argnums=0, out_shardings=self._shardings(state))
+        return self._run(key, function, state, fresh, rows)
+
+    def _shardings(self, state: Any) -> Any:
+        return None if self.mesh is None else state_shardings(state, self.mesh)
 
     def _run(self, key: tuple, function: Any, *args: Any) -> Any:
         if self._eager:
@@ -222,7 +238,8 @@ class Programs:
                 return function(*args)
         if key not in self._compiled:
             began = time.perf_counter()
-            self._compiled[key] = function.lower(*args).compile()
+            with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
+                self._compiled[key] = function.lower(*args).compile()
             self.compile_seconds += time.perf_counter() - began
             self.num_compiled += 1
         return self._compiled[key](*args)
@@ -281,7 +298,7 @@ class SpeculativeDecoder:
     Args:
         target: from load_target.
         config: a SpeculativeConfig, or None for plain decoding.
-        mesh: not supported in this version; must be None.
+        mesh: how many devices to spread over; None for the target's own mesh, or one device.
         max_batch_size: prompts decoded side by side; more are decoded in groups.
         draft: a loaded draft model, instead of config.model.
 
@@ -298,14 +315,14 @@ class SpeculativeDecoder:
         self,
         target: Target,
         config: SpeculativeConfig | None = None,
-        mesh: Any = None,
+        mesh: MeshConfig | None = None,
         max_batch_size: int = 8,
         draft: Target | None = None,
     ):
-        if mesh is not None:
-            raise ConfigError("mesh: sharded decoding is not in this version yet; expected None.")
         if max_batch_size < 1:
             raise ConfigError(f"max_batch_size={max_batch_size}: expected an integer >= 1.")
+        if mesh is not None:
+            target = target.on(mesh)
         self.target = target
         self.config = config
         self.max_batch_size = max_batch_size
@@ -326,6 +343,7 @@ class SpeculativeDecoder:
             system,
             lambda batch, capacity: decoder.init_cache(target.config, batch, capacity, target.dtype),
             enforce_eager=config.enforce_eager if config else False,
+            mesh=target.mesh,
         )
 
     def params_for(self, rows: dict[str, np.ndarray]) -> Params:

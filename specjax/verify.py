@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.rejection_sampling import Verdict, check_inputs, rejection_sample
+from pallas_kernels import rejection_sampling as kernels
+from pallas_kernels.rejection_sampling import Truncation, Verdict, check_inputs
 from pallas_kernels.rejection_sampling.base import leading
 from specjax.config import SpeculativeConfig
 from specjax.drafters.base import NO_DRAFT, Proposal
@@ -27,6 +28,7 @@ from specjax.sampling import (
     truncate,
     uniforms_at,
 )
+from specjax.sharding import per_device, vocab_axis
 
 __all__ = [
     "RULES",
@@ -77,7 +79,7 @@ def greedy(logits: jax.Array, proposal: Proposal, sampling: SamplingState, unifo
     """
     del uniforms
     check_inputs(logits, proposal.tokens, None, sampling.truncation)
-    best = local_argmax(logits)
+    best = best_token(logits)
     num_accepted = leading(best[:, :-1] == proposal.tokens)
     return Verdict(num_accepted, _at(best, num_accepted))
 
@@ -183,7 +185,7 @@ def relaxed(
     ones = jnp.ones_like(sampling.temperature)
     rows = sampling.replace(temperature=ones, top_k=jnp.full_like(sampling.top_k, topk), top_p=ones, min_p=0 * ones)
     law = truncate(logits, rows)
-    best = local_argmax(logits)
+    best = best_token(logits)
     token = jnp.maximum(jnp.pad(proposal.tokens, ((0, 0), (0, 1)), constant_values=NO_DRAFT), 0)
     total = jax.nn.logsumexp(logits, axis=-1)
     log_prob = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0] - total
@@ -219,7 +221,7 @@ def synthetic(
     check_inputs(logits, *proposal.drawn, sampling.truncation, *uniforms)
     num_accepted = leading((uniforms.accept < jnp.array(conditional_rates)) & (proposal.tokens != NO_DRAFT))
     if best_follows:
-        return Verdict(num_accepted, _at(local_argmax(logits), num_accepted))
+        return Verdict(num_accepted, _at(best_token(logits), num_accepted))
     # `residual` at that position alone, with a coin that no draft passes.
     ended, probs = jnp.pad(proposal.tokens, ((0, 0), (0, 1)), constant_values=NO_DRAFT), proposal.probs
     if probs is not None:
@@ -233,6 +235,32 @@ def synthetic(
         sampling.truncation,
     )
     return Verdict(num_accepted, recovered.next_token)
+
+
+def rejection_sample(
+    logits: jax.Array,
+    drafts: jax.Array,
+    draft_probs: jax.Array | None,
+    accept_uniforms: jax.Array,
+    recover_uniforms: jax.Array,
+    rows: Truncation,
+    *,
+    rule: str = "residual",
+) -> Verdict:
+    """The kernels' rejection_sample, where a mesh is set on each device's rows and part of the vocabulary."""
+    law, row = ("batch", None, "vocab"), ("batch",)
+    inputs = law, ("batch", None), law, ("batch", None), ("batch", None, None), row
+    shape = logits.shape[:1]
+    run = functools.partial(kernels.rejection_sample, rule=rule, axis=vocab_axis(logits.shape[-1]))
+    arguments = logits, drafts, draft_probs, accept_uniforms, recover_uniforms, rows
+    return Verdict(*per_device(lambda *parts: tuple(run(*parts)), inputs, ((row, shape), (row, shape)), *arguments))
+
+
+def best_token(logits: jax.Array) -> jax.Array:
+    """int32[...]: the argmax of float32[..., V]; the first of equal ones. Under a mesh no logits are gathered."""
+    axes = ("batch", *(None,) * (logits.ndim - 2), "vocab")
+    run = functools.partial(local_argmax, axis=vocab_axis(logits.shape[-1]))
+    return per_device(run, (axes,), ((axes[:-1], logits.shape[:-1]),), logits)
 
 
 def round_uniforms(sampling: SamplingState, length: jax.Array, num_speculative_tokens: int) -> Uniforms:

@@ -14,7 +14,7 @@ ROOT = Path(specjax.__file__).parent
 LAYERS = [
     ["errors"],
     ["config"],
-    ["metrics", "cache", "control", "sampling", "tokenizer", "target"],
+    ["metrics", "cache", "control", "sampling", "sharding", "tokenizer", "target"],
     ["heads"],
     ["checkpoints"],
     ["drafters"],

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.rejection_sampling.base import CHUNK, LANES, NO_DRAFT, Truncation, Verdict
+from pallas_kernels.rejection_sampling.base import Axis, CHUNK, LANES, NO_DRAFT, Truncation, Verdict
 
 RULES = ("residual", "matching", "block")
 """residual: accept a draft if u * draft_prob < target_prob, else draw from what the draft's law leaves of the target's.
@@ -35,7 +35,7 @@ def rejection_sample(
     rows: Truncation,
     *,
     rule: str = "residual",
-    axis: str | None = None,
+    axis: Axis = None,
     implementation: str | None = None,
     **options: Any,
 ) -> Verdict:
@@ -90,7 +90,7 @@ def check_inputs(
     rows: Truncation,
     accept_uniforms: jax.Array | None = None,
     recover_uniforms: jax.Array | None = None,
-    axis: str | None = None,
+    axis: Axis = None,
 ) -> None:
     """Refuses shapes and dtypes that disagree and, outside jit, values that can't be.
 

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+Axis = str | tuple[str, ...] | None
+"""The mesh axis, or axes, over which a vocabulary is split inside shard_map; None where it is whole."""
+
 NO_DRAFT = -1
 """A draft that is none: always rejected, and what follows it in its row is never looked at."""
 

@@ -17,6 +17,7 @@ from pallas_kernels.rejection_sampling.base import (
     LANES,
     MAX_BISECTIONS,
     NO_DRAFT,
+    Axis,
     Truncation,
     Verdict,
     inverse,
@@ -55,7 +56,7 @@ class Law(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="axis", inline=True)
-def truncate(logits: jax.Array, rows: Truncation, axis: str | None = None) -> Law:
+def truncate(logits: jax.Array, rows: Truncation, axis: Axis = None) -> Law:
     """Applies temperature, top-k, top-p and min-p to logits[..., V]; the fields of rows have its leading shape."""
     greedy, inverse_temperature = rows.temperature <= 0, inverse(rows.temperature)
     logits = logits.astype(jnp.float32)
@@ -80,21 +81,21 @@ def truncate(logits: jax.Array, rows: Truncation, axis: str | None = None) -> La
     )
 
 
-def probability_of(law: Law, tokens: jax.Array, axis: str | None = None) -> jax.Array:
+def probability_of(law: Law, tokens: jax.Array, axis: Axis = None) -> jax.Array:
     """float32[...]: the probability of one token each, int32[...]."""
-    logit = _entry(law.logits, tokens, axis, absent=-jnp.inf)
+    logit = entry(law.logits, tokens, axis, absent=-jnp.inf)
     sampled = jnp.exp((logit - law.peak) * law.inverse_temperature - law.log_total)
     sampled = jnp.where(logit >= law.threshold, sampled, 0.0)
     return jnp.where(law.greedy, (tokens == law.best).astype(jnp.float32), sampled)
 
 
-def probabilities(law: Law, axis: str | None = None) -> jax.Array:
+def probabilities(law: Law, axis: Axis = None) -> jax.Array:
     """float32[..., V]: the distribution, on this device's part of the vocabulary."""
     one_hot = _one_hot(law.best, law.logits.shape[-1], axis)
     return jnp.where(law.greedy[..., None], one_hot, jnp.exp(law.log_probabilities()))
 
 
-def draw(weights: jax.Array, uniforms: jax.Array, axis: str | None = None) -> jax.Array:
+def draw(weights: jax.Array, uniforms: jax.Array, axis: Axis = None) -> jax.Array:
     """Draws one token a row in proportion to weights, by inversion on three levels: chunk, block, token.
 
     Args:
@@ -120,7 +121,7 @@ def draw(weights: jax.Array, uniforms: jax.Array, axis: str | None = None) -> ja
     return _all_max(jnp.where(here, token, -1), axis) if axis is not None else token
 
 
-def local_argmax(logits: jax.Array, axis: str | None = None) -> jax.Array:
+def local_argmax(logits: jax.Array, axis: Axis = None) -> jax.Array:
     """int32[...]: the first token with the largest of logits[..., V]; two numbers a device and token cross devices."""
     return _first_index(logits == _all_max(logits.max(axis=-1), axis)[..., None], axis)
 
@@ -151,7 +152,7 @@ def rejection_sample(
     recover_uniforms: jax.Array,
     rows: Truncation,
     rule: str = "residual",
-    axis: str | None = None,
+    axis: Axis = None,
 ) -> Verdict:
     """See api.rejection_sample."""
     B, T, V = logits.shape
@@ -195,7 +196,7 @@ class _Position(NamedTuple):
     draft: jax.Array
     draft_probs: jax.Array
     recover: jax.Array
-    axis: str | None
+    axis: Axis
 
 
 def _residual(state: _Round, here: _Position, coins: jax.Array) -> _Round:
@@ -252,7 +253,7 @@ def _block(state: _Round, here: _Position, coins: jax.Array) -> _Round:
 def _drafted(here: _Position) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What the target and the drafter give to the draft, float32[B] each, and whether it can be accepted, bool[B]."""
     draft = jnp.maximum(here.draft, 0)
-    draft_prob = _entry(here.draft_probs, draft, here.axis)
+    draft_prob = entry(here.draft_probs, draft, here.axis)
     # A token that its own distribution rules out comes from a broken drafter (NaN), which may only cost speed.
     possible = (here.draft != NO_DRAFT) & (draft_prob > 0)
     return probability_of(here.law, draft, here.axis), draft_prob, possible
@@ -270,7 +271,7 @@ def _draw(here: _Position, rest: jax.Array) -> jax.Array:
     return draw(jnp.where(left, rest, probabilities(here.law, here.axis)), here.recover, here.axis)
 
 
-def _draft_probs(probs: jax.Array | None, draft: jax.Array, t: jax.Array, V: int, axis: str | None) -> jax.Array:
+def _draft_probs(probs: jax.Array | None, draft: jax.Array, t: jax.Array, V: int, axis: Axis) -> jax.Array:
     """float32[B, V]: the law of a position's drafts; all zero where there is none."""
     if probs is None or probs.shape[1] == 0:
         return _one_hot(draft, V, axis)
@@ -278,7 +279,7 @@ def _draft_probs(probs: jax.Array | None, draft: jax.Array, t: jax.Array, V: int
 
 
 def _rank_and_mass_threshold(
-    logits: jax.Array, peak: jax.Array, cuts: jax.Array, rows: Truncation, axis: str | None
+    logits: jax.Array, peak: jax.Array, cuts: jax.Array, rows: Truncation, axis: Axis
 ) -> jax.Array:
     """float32[...]: a threshold that keeps the k best tokens, and of these the fewest that hold p of their mass."""
     lowest = -_all_max(jnp.where(logits > -jnp.inf, -logits, -jnp.inf).max(axis=-1), axis)
@@ -362,20 +363,20 @@ def _at(x: jax.Array, t: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(x, t, axis=1, keepdims=False)
 
 
-def _index(axis: str | None) -> jax.Array | int:
+def _index(axis: Axis) -> jax.Array | int:
     """Which part of the vocabulary this device has."""
     return 0 if axis is None else jax.lax.axis_index(axis)
 
 
-def _all_sum(x: jax.Array, axis: str | None) -> jax.Array:
+def _all_sum(x: jax.Array, axis: Axis) -> jax.Array:
     return x if axis is None else jax.lax.psum(x, axis)
 
 
-def _all_max(x: jax.Array, axis: str | None) -> jax.Array:
+def _all_max(x: jax.Array, axis: Axis) -> jax.Array:
     return x if axis is None else jax.lax.pmax(x, axis)
 
 
-def _first_index(found: jax.Array, axis: str | None) -> jax.Array:
+def _first_index(found: jax.Array, axis: Axis) -> jax.Array:
     """int32[...]: the first token for which bool[..., V] holds; the last token where it holds for none."""
     V = found.shape[-1]
     tokens = _index(axis) * V + jnp.arange(V, dtype=jnp.int32)
@@ -384,8 +385,8 @@ def _first_index(found: jax.Array, axis: str | None) -> jax.Array:
     return first if axis is None else jax.lax.pmin(first, axis)
 
 
-def _entry(values: jax.Array, tokens: jax.Array, axis: str | None, absent: float = 0.0) -> jax.Array:
-    """float32[...]: values[..., token]."""
+def entry(values: jax.Array, tokens: jax.Array, axis: Axis, absent: float = 0.0) -> jax.Array:
+    """float32[...]: values[..., token]; with axis, absent is below all values, or the least of them."""
     V = values.shape[-1]
     index = tokens - _index(axis) * V
     here = (index >= 0) & (index < V)
@@ -393,6 +394,6 @@ def _entry(values: jax.Array, tokens: jax.Array, axis: str | None, absent: float
     return entry if axis is None else _all_max(jnp.where(here, entry, absent), axis)
 
 
-def _one_hot(tokens: jax.Array, V: int, axis: str | None) -> jax.Array:
+def _one_hot(tokens: jax.Array, V: int, axis: Axis) -> jax.Array:
     """float32[..., V]; all zero for NO_DRAFT."""
     return (tokens[..., None] == _index(axis) * V + jnp.arange(V)).astype(jnp.float32)

@@ -1,9 +1,11 @@
 """Hugging Face directories (config.json, safetensors) -> params."""
 
+import functools
 import json
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,17 +46,20 @@ def _read_json_object(path: Path) -> dict:
     return value
 
 
-def read_params(directory: Path, config: ModelConfig, dtype: jnp.dtype) -> decoder.Params:
+def read_params(directory: Path, config: ModelConfig, dtype: jnp.dtype, shardings: Any = None) -> decoder.Params:
     """The weights of a directory in the decoder's own layout.
 
-    Every tensor's name and shape is checked before it is used.
+    Every tensor's name and shape is checked before it is used. The host holds one weight at a time.
+
+    Args:
+        shardings: where each weight goes; None for the first device.
 
     Raises:
         CheckpointError: names tensors that are missing, left over or of the wrong shape or type, and files that
             are absent or truncated.
     """
     with Tensors(directory) as tensors:
-        params = read_entries(tensors, model_entries(config), dtype)
+        params = read_entries(tensors, model_entries(config), dtype, shardings)
         if config.tied_head and "lm_head.weight" in tensors.where:
             _check_tied_head(tensors, config)
         tensors.check_all_taken(HEAD_PREFIXES)
@@ -277,12 +282,17 @@ def _check_tied_head(tensors: Tensors, config: ModelConfig) -> None:
         )
 
 
-def read_entries(tensors: Tensors, entries: Iterable[Entry], dtype: jnp.dtype) -> decoder.Params:
-    """The weights that entries describe, as a nested dict."""
+def read_entries(tensors: Tensors, entries: Iterable[Entry], dtype: jnp.dtype, shardings: Any = None) -> decoder.Params:
+    """The weights that entries describe, as a nested dict; each goes to its place as it is read."""
     params: decoder.Params = {}
     for entry in entries:
         parts = (tensors.take(name, shape) for name, shape in zip(entry.names, entry.shapes, strict=True))
-        _put(params, entry.path, jnp.asarray(entry.read(*parts), dtype))
+        array = entry.read(*parts)
+        if shardings is None:
+            _put(params, entry.path, jnp.asarray(array, dtype))
+        else:  # each device is sent its part of the converted array, and no device the whole
+            where = functools.reduce(operator.getitem, entry.path, shardings)
+            _put(params, entry.path, jax.device_put(array.astype(dtype), where))
     return params
 
 

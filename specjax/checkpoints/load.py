@@ -6,9 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from specjax.checkpoints import hf, pretrained
+from specjax.config import MeshConfig
 from specjax.errors import CheckpointError, ConfigError
+from specjax.sharding import make_mesh, param_shardings
 from specjax.target import decoder
 from specjax.target.families import ModelConfig, from_hf
 from specjax.tokenizer import load_tokenizer, stop_token_ids
@@ -27,6 +30,7 @@ class Target:
         dtype: of weights and cache.
         tokenizer: a transformers tokenizer, or None (then prompts are token ids).
         stop_token_ids: tokens that end a generation.
+        mesh: that its weights lie on; None for one device.
     """
 
     name: str
@@ -35,6 +39,26 @@ class Target:
     dtype: Any
     tokenizer: Any = None
     stop_token_ids: tuple[int, ...] = ()
+    mesh: Mesh | None = None
+
+    def on(self, mesh: MeshConfig) -> "Target":
+        """The same model spread over devices.
+
+        Raises:
+            ConfigError: there are too few devices, or it cannot be split so.
+        """
+        return self.beside(make_mesh(mesh, self.config))
+
+    def beside(self, mesh: Mesh | None, whole: bool = False) -> "Target":
+        """The same model on a mesh that was made for another; None leaves it where it is.
+
+        Args:
+            whole: every device gets all weights.
+        """
+        if mesh is None:
+            return self
+        where = NamedSharding(mesh, PartitionSpec()) if whole else weight_shardings(self.config, mesh)
+        return dataclasses.replace(self, params=jax.device_put(self.params, where), mesh=mesh)
 
     @property
     def num_params(self) -> int:
@@ -43,26 +67,33 @@ class Target:
         return total - (self.params["head"].size if self.config.tied_head else 0)
 
 
-def load_target(name_or_path: str | Path, dtype: Any = None, mesh: Any = None, revision: str | None = None) -> Target:
+def weight_shardings(config: ModelConfig, mesh: Mesh) -> Any:
+    """A NamedSharding for each weight of a decoder."""
+    return param_shardings(decoder.param_shapes(config), decoder.param_axes(config), mesh)
+
+
+def load_target(
+    name_or_path: str | Path, dtype: Any = None, mesh: MeshConfig | None = None, revision: str | None = None
+) -> Target:
     """Loads a model.
 
     Args:
         name_or_path: a Hugging Face directory or hub id, a GGUF file, or a named asset ("smollm2-135m-instruct").
         dtype: of weights and cache; None is float32 on CPU (where bfloat16 is slower) and bfloat16 on accelerators.
-        mesh: not supported in this version; must be None.
+        mesh: how many devices to spread over, each weight as it is read; None for one.
         revision: of a hub id.
 
     Raises:
         AssetError: nothing is found under that name.
         CheckpointError: it is not a checkpoint that can be read; names the tensor or field.
-        ConfigError: unknown dtype, or a mesh.
+        ConfigError: unknown dtype, or a mesh that the model cannot be split over.
     """
-    if mesh is not None:
-        raise ConfigError("mesh: sharded decoding is not in this version yet; expected None.")
     dtype = _dtype(dtype)
     directory = pretrained.resolve(name_or_path, revision)
     config = from_hf(hf.read_config(directory))
-    params = hf.read_params(directory, config, dtype)
+    made = None if mesh is None else make_mesh(mesh, config)
+    shardings = None if made is None else weight_shardings(config, made)
+    params = hf.read_params(directory, config, dtype, shardings)
     tokenizer = load_tokenizer(directory) if any(directory.glob("tokenizer*")) else None
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise CheckpointError(
@@ -70,7 +101,7 @@ def load_target(name_or_path: str | Path, dtype: Any = None, mesh: Any = None, r
             f"{config.vocab_size}; expected no more tokens than logits."
         )
     stops = stop_token_ids(directory, tokenizer)
-    return Target(str(name_or_path), config, params, dtype, tokenizer, stops)
+    return Target(str(name_or_path), config, params, dtype, tokenizer, stops, made)
 
 
 def _dtype(dtype: Any) -> Any:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from specjax.checkpoints import pretrained
 from specjax.checkpoints.heads import LoadedHead, detect_method, read_head
@@ -22,11 +24,13 @@ from specjax.drafters.ngram import ngram
 from specjax.drafters.paced import PacedParams, choices, paced
 from specjax.drafters.plain import plain
 from specjax.errors import AssetError, ConfigError, DraftWarning
+from specjax.heads import network
 from specjax.heads.network import Shared
+from specjax.sharding import num_parts, param_shardings
 
 
 def build_drafter(config: SpeculativeConfig | None, target: Target) -> tuple[Drafter, Any]:
-    """The drafter that a config describes for a target, and its weights. None is plain decoding.
+    """The drafter that a config describes for a target, and its weights, on the target's mesh. None decodes plainly.
 
     Raises:
         ConfigError: the draft model does not fit the target; names the field.
@@ -95,13 +99,35 @@ def _head(config: SpeculativeConfig, target: Target) -> Method:
     _warn_of_another_verifier(loaded, target, name)
     token_of = None if loaded.vocabulary is None else jnp.asarray(loaded.vocabulary)
     shared = Shared(target.params["embedding"], target.params["head"])
-    weights = HeadWeights(loaded.params, shared, token_of)
+    params = loaded.params
+    if target.mesh is not None:
+        shapes, axes = network.param_shapes(loaded.config), network.param_axes(loaded.config)
+        where = param_shardings(shapes, axes, target.mesh)
+        params = jax.device_put(
+            params, NamedSharding(target.mesh, PartitionSpec()) if _whole(config, target) else where
+        )
+    weights = HeadWeights(params, shared, token_of)
     check_fit(loaded.config, weights, target, name)
     limit = _checked_limit(config, target.config.max_position, "the target's context")
     sample = config.draft_sample_method == "probabilistic"
     return Method(
         lambda num: head(loaded.config, num, target.dtype, sample, limit), weights, loaded.num_speculative_tokens
     )
+
+
+def _whole(config: SpeculativeConfig, target: Target) -> bool:
+    """Whether every device gets all of the drafter's weights.
+
+    Raises:
+        ConfigError: draft_tensor_parallel_size is neither 1 nor the target's.
+    """
+    size = config.draft_tensor_parallel_size
+    parts = 1 if target.mesh is None else num_parts(target.mesh)
+    if size not in (None, 1, parts):
+        raise ConfigError(
+            f"SpeculativeConfig.draft_tensor_parallel_size={size}: expected 1, or {parts} as the target's mesh has."
+        )
+    return size == 1 and parts > 1
 
 
 def _own_head(method: str, target: Target) -> str:
@@ -148,6 +174,9 @@ def draft_model_for(draft: Target, target: Target, config: SpeculativeConfig) ->
 
 
 def _draft_model_method(draft: Target, target: Target, config: SpeculativeConfig) -> Method:
+    whole = _whole(config, target)
+    if draft.mesh is not target.mesh or whole:
+        draft = draft.beside(target.mesh, whole)
     if draft.config.vocab_size != target.config.vocab_size:
         raise ConfigError(
             f"SpeculativeConfig.model={draft.name!r}: its vocabulary has {draft.config.vocab_size} tokens, the "

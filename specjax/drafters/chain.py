@@ -3,7 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from specjax.sampling import PROPOSE, SamplingState, draw, local_argmax, probabilities, truncate, uniforms_at
+from pallas_kernels.rejection_sampling import Truncation
+from pallas_kernels.rejection_sampling.xla import draw, entry, local_argmax, probabilities, truncate
+from specjax.sampling import PROPOSE, SamplingState, uniforms_at
+from specjax.sharding import per_device, vocab_axis
 
 Choice = tuple[jax.Array, jax.Array | None, jax.Array]
 """Tokens int32[B], what they were drawn from float32[B, V] or None, and their logits float32[B]."""
@@ -18,14 +21,21 @@ def choose(logits: jax.Array, uniforms: jax.Array, sampling: SamplingState, samp
         sample: draw from the law that the row's sampling parameters make of the logits; greedy rows take the best
             token all the same. False takes the best token for all rows.
     """
-    probs = None
-    if sample:
-        law = truncate(logits, sampling)
-        probs = probabilities(law)
-        token = jnp.where(law.greedy, law.best, draw(probs, uniforms))
-    else:
-        token = local_argmax(logits)
-    return token, probs, jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+    axis = vocab_axis(logits.shape[-1])
+
+    def local(logits: jax.Array, uniforms: jax.Array, rows: Truncation) -> Choice:
+        probs = None
+        if sample:
+            law = truncate(logits, rows, axis)
+            probs = probabilities(law, axis)
+            token = jnp.where(law.greedy, law.best, draw(probs, uniforms, axis))
+        else:
+            token = local_argmax(logits, axis)
+        return token, probs, entry(logits, token, axis, absent=-jnp.inf)
+
+    law, row, num = ("batch", "vocab"), ("batch",), logits.shape[:1]
+    inputs, outputs = (law, ("batch", None), row), ((row, num), (law, logits.shape), (row, num))
+    return per_device(local, inputs, outputs, logits, uniforms, sampling.truncation)
 
 
 def widen(choice: Choice, token_of: jax.Array, vocab_size: int) -> Choice:

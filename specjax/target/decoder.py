@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from specjax import cache as kv
+from specjax.sharding import CACHE, per_device
 from specjax.target import layers
 from specjax.target.families import ModelConfig
 
@@ -111,7 +112,7 @@ class DecoderLayer(nn.Module):
             q = layers.rotate(q.reshape(B, T, -1, H), cos_sin).reshape(q.shape) * (H**-0.5)
             # Finite, because a hidden slot weighs 0 and 0 * inf is NaN; a row that overflows shows it elsewhere.
             mixed, memory = attend(q, layers.rotate(k, cos_sin), jnp.nan_to_num(v))
-            out_kernel = weight(self, "out", (K, Q, H, c.width), ("kv_heads", None, "head", "width"))
+            out_kernel = weight(self, "out", (K, Q, H, c.width), ("kv_heads", "queries", "head", "width"))
             out = layers.product(mixed, out_kernel.reshape(-1, c.width))
             if c.out_bias:
                 out += bias(self, "out_bias", (c.width,), ("width",))
@@ -182,9 +183,20 @@ def attend_to_cache(keys: jax.Array, values: jax.Array, start: jax.Array, slidin
         start: int32[B].
     """
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def local(
+        q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         new_keys, new_values = kv.write(keys, k, start), kv.write(values, v, start)
-        return layers.attend(q, new_keys, new_values, start, sliding_window), (new_keys, new_values)
+        mixed = layers.attend(q, new_keys, new_values, start, sliding_window)
+        return mixed.reshape(*mixed.shape[:2], *q.shape[2:]), new_keys, new_values
+
+    heads, entries = ("batch", None, "kv_heads", "queries", None), ("batch", None, "kv_heads", None)
+    inputs = heads, entries, entries, CACHE, CACHE, ("batch",)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        outputs = (heads, q.shape), (CACHE, keys.shape), (CACHE, values.shape)
+        mixed, *memory = per_device(local, inputs, outputs, q, k, v, keys, values, start)
+        return mixed.reshape(*mixed.shape[:2], -1), tuple(memory)
 
     return attend
 

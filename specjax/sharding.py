@@ -1,0 +1,152 @@
+"""The mesh, and how everything large lies on it: the one module that names mesh axes.
+
+What is sharded says so by logical axes (weights where they are made, caches and logits here); RULES maps those to the
+mesh. Compiling a program with the mesh set (`jax.set_mesh`) is enough: XLA's partitioner does the rest, and what must
+stay local to a device (attention over the cache, acceptance) runs under shard_map by `per_device`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from specjax.cache import KVCache
+from specjax.config import MeshConfig
+from specjax.errors import ConfigError
+from specjax.target.families import ModelConfig
+
+DATA, KV, GROUP = "data", "kv", "group"
+MODEL = (KV, GROUP)
+"""The model axis in two: KV heads are split over the first, a KV head's queries over the second, on which the cache is
+replicated. So a model axis larger than the number of KV heads costs as few copies of the cache as can be."""
+
+RULES: dict[str, str | tuple[str, ...]] = {
+    "batch": DATA,
+    "vocab": MODEL,
+    "kv_heads": KV,
+    "queries": GROUP,
+    "heads": MODEL,
+    "mlp": MODEL,
+}
+"""Logical axis -> mesh axes. Axes that are not here ("width", "head", positions) are whole on every device."""
+
+CACHE = ("batch", "kv_heads", None, None)
+LOGITS = ("batch", None, "vocab")
+
+
+def make_mesh(config: MeshConfig, target: ModelConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a target: axes data, kv and group, over the first devices.
+
+    Args:
+        devices: None for all of jax's; a topology's devices to compile for.
+
+    Raises:
+        ConfigError: too few devices, or the target cannot be split so; names the nearest sizes that can.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    size = config.data * config.model
+    if size > len(found):
+        raise ConfigError(
+            f"MeshConfig: data={config.data} times model={config.model} is {size} devices, there are {len(found)}; "
+            f"expected a product of at most {len(found)}."
+        )
+    heads = target.num_heads
+    for name, whole in (("vocab_size", target.vocab_size), ("num_heads", heads), ("mlp_width", target.mlp_width)):
+        if whole % config.model:
+            able = [n for n in range(1, size + 1) if not (target.vocab_size % n or heads % n or target.mlp_width % n)]
+            nearest = min(able, key=lambda n: (abs(n - config.model), n))
+            raise ConfigError(
+                f"MeshConfig.model={config.model}: the target's {name}={whole} cannot be split so; expected a divisor "
+                f"of vocab_size, num_heads and mlp_width, of which {nearest} is the nearest."
+            )
+    kv = math.gcd(config.model, target.num_kv_heads)
+    shape = config.data, kv, config.model // kv
+    if target.queries_per_kv % shape[2]:
+        raise ConfigError(
+            f"MeshConfig.model={config.model}: splits each of the target's {target.num_kv_heads} KV heads "
+            f"{shape[2]} times, which its {target.queries_per_kv} queries cannot be; expected at most {heads}."
+        )
+    grid = np.array(found[:size]).reshape(shape)
+    return Mesh(grid, (DATA, KV, GROUP), axis_types=(AxisType.Auto,) * 3)
+
+
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """Where an array of these logical axes lies; an axis that does not divide (one row, say) is whole everywhere."""
+    return PartitionSpec(*(_split(axis, size, mesh) for axis, size in zip(axes, shape, strict=True)))
+
+
+def _split(axis: str | None, size: int, mesh: Any) -> str | tuple[str, ...] | None:
+    rule = RULES.get(axis) if axis else None
+    if rule is None:
+        return None
+    parts = math.prod(mesh.shape[name] for name in ((rule,) if isinstance(rule, str) else rule))
+    return rule if size % parts == 0 else None
+
+
+def param_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each weight.
+
+    Args:
+        shapes, axes: as param_shapes and param_axes of a network give them.
+    """
+
+    def of(shape: Any, names: PartitionSpec) -> NamedSharding:
+        logical = tuple(names) + (None,) * (len(shape.shape) - len(names))
+        return NamedSharding(mesh, spec(logical, shape.shape, mesh))
+
+    return jax.tree.map(of, shapes, axes)
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each array of a DecodeState, or its shapes: caches by head, all else by row."""
+
+    def of(array: Any) -> NamedSharding:
+        logical = ("batch",) + (None,) * (len(array.shape) - 1) if array.shape else ()
+        return NamedSharding(mesh, spec(logical, array.shape, mesh))
+
+    def part(node: Any) -> Any:
+        if isinstance(node, KVCache):
+            return jax.tree.map(lambda x: NamedSharding(mesh, spec(CACHE, x.shape, mesh)), node)
+        return of(node)
+
+    return jax.tree.map(part, state, is_leaf=lambda node: isinstance(node, KVCache))
+
+
+Axes = tuple[str | None, ...]
+"""Logical axes of an array, or of every array of a pytree."""
+
+
+def per_device(
+    function: Callable[..., Any], inputs: Sequence[Axes], outputs: Sequence[tuple[Axes, Sequence[int]]], *arguments: Any
+) -> Any:
+    """function(*arguments) on each device's own part, where a mesh is set; else as it is.
+
+    Args:
+        function: sees local shapes, and gives as many results as outputs has entries (one, if it has one).
+        inputs: logical axes of each argument; None among the arguments stays None.
+        outputs: logical axes and global shape of each result.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*arguments)
+    pairs = zip(arguments, inputs, strict=True)
+    in_specs = tuple(jax.tree.map(lambda x, names=names: spec(names, x.shape, mesh), tree) for tree, names in pairs)
+    out_specs = tuple(spec(names, shape, mesh) for names, shape in outputs)
+    whole = out_specs[0] if len(outputs) == 1 else out_specs
+    return jax.shard_map(function, in_specs=in_specs, out_specs=whole, check_vma=False)(*arguments)
+
+
+def num_parts(mesh: Any) -> int:
+    """Parts that weights are split into."""
+    return mesh.shape[KV] * mesh.shape[GROUP]
+
+
+def vocab_axis(vocab_size: int) -> tuple[str, ...] | None:
+    """The mesh axes that split a vocabulary inside per_device; None where it is whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or num_parts(mesh) == 1:
+        return None
+    return MODEL if _split("vocab", vocab_size, mesh) else None
