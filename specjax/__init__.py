@@ -5,7 +5,7 @@ width, L layers, N query heads, K KV heads, H head width, F MLP width.
 """
 
 from specjax.checkpoints.load import Target, load_target
-from specjax.config import SamplingParams, SpeculativeConfig
+from specjax.config import MeshConfig, SamplingParams, SpeculativeConfig
 from specjax.errors import AssetError, CheckpointError, ConfigError, DraftWarning, SpecJAXError
 from specjax.generate import GenerationResult, SpeculativeDecoder, StreamChunk
 from specjax.metrics import Metrics
@@ -18,6 +18,7 @@ __all__ = [
     "ConfigError",
     "DraftWarning",
     "GenerationResult",
+    "MeshConfig",
     "Metrics",
     "SamplingParams",
     "SpecJAXError",
