@@ -544,7 +544,7 @@ def test_a_browser_shows_the_whole_report(number, width, browser, write, summary
     assert browser.evaluate(OVERFLOWS) == []
     assert browser.evaluate(LETTERS_OUTSIDE) == []
     sizes = browser.evaluate("[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().width)")
-    assert len(sizes) == 6 + 3 * number and min(sizes) > 0.75 * min(width, 500)
+    assert len(sizes) == 6 + 3 * number and min(sizes) > 300
     assert "34.4" in browser.evaluate("document.querySelector('table').innerText")
     browser.screenshot(tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 50_000

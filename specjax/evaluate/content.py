@@ -375,6 +375,8 @@ def _score_costs(run: Run) -> Iterator[Part]:
     heading = run.name("Cost of scoring")
     context = costs.get("context")
     note = f"Milliseconds of one forward pass, {context} tokens in the cache." if context is not None else ""
+    if costs.get("rest_ms") is not None:
+        note += f" What is the same in every round takes {_number(costs['rest_ms'])} ms."
     rows = [[str(batch), *(_number(ms, 2) for ms in line)] for batch, line in zip(batches, score, strict=True)]
     yield _tidy(Table(heading, ["batch", *(f"T = {width}" for width in widths)], rows, (), note))
     series = [plots.Series(f"batch {batch}", widths, line) for batch, line in zip(batches, score, strict=True)]
@@ -421,9 +423,14 @@ def _predictions(run: Run, runs: Sequence[Run]) -> Iterator[Part]:
         return
     heading = run.name("Predicted speed-up")
     note = "From the cost of scoring and drafting and the measured acceptance; G = 0 is plain decoding."
-    said = ", ".join(f"{one.label} {y:.2f} at G = {x}" for one in series for x, y, _, _ in one.measured)
-    if said:
-        note += f" Measured: {said}."
+    found = [f"{one.label} {y:.2f} at G = {x}" for one in series for x, y, _, _ in one.measured]
+    found += [
+        f"{name} {row['speedup']:.2f} with G = auto"
+        for name, row in methods.items()
+        if row.get("num_speculative_tokens") == "auto" and row.get("speedup") is not None
+    ]
+    if found:
+        note += f" Measured: {', '.join(found)}."
     yield _by_drafts(heading, series, note)
     labels = "num_speculative_tokens (G)", "speed-up over plain decoding"
     said = "; ".join(f"{one.label}: {' '.join(map(_number, one.y))}" for one in series)
@@ -514,8 +521,8 @@ def _agreement(runs: Sequence[Run]) -> Iterator[Part]:
     header = ["run", "prompt", "turn", "method", "kind", "token", "plain decoding", "the method", "gap", "noise"]
     hidden = len(found) - len(rows)
     note = "Gap and noise: differences of logits." + (f" {hidden} more are in summary.json." if hidden else "")
-    texts = ("run", "prompt", "method", "kind", "plain decoding", "the method")
-    yield _tidy(Table("Where answers differ first", header, rows, texts, note))
+    words = "run", "prompt", "method", "kind", "plain decoding", "the method"
+    yield _tidy(Table("Where answers differ first", header, rows, words, note))
 
 
 def _failures(runs: Sequence[Run]) -> Iterator[Part]:
@@ -554,8 +561,8 @@ def _examples(runs: Sequence[Run]) -> Iterator[Part]:
 
 def _environment(runs: Sequence[Run]) -> Iterator[Part]:
     packages = list(dict.fromkeys(name for run in runs for name in _of(run.summary, "versions")))
-    fields = "target", "dtype", "device", "commit", "prompt_set", "prompts", "turns", "batch_size", "repeats"
-    fields = (*fields, "max_tokens", "temperature", "finished")
+    fields = ["target", "dtype", "device", "commit", "prompt_set", "prompts", "turns", "batch_size", "repeats"]
+    fields += ["max_tokens", "temperature", "finished"]
     rows = [[name.replace("_", " "), *(_text(run.summary.get(name)) for run in runs)] for name in fields]
     overheads = [run.summary.get("harness_overhead") for run in runs]
     rows.append(["time of the harness itself", *(_share(overhead) for overhead in overheads)])

@@ -8,7 +8,7 @@ from specjax.evaluate import content
 from specjax.evaluate.content import Answer, Note, Plot, Run, Section, Source, Table
 
 SHORT_QUESTION = 300
-"""Characters up to which a question is shown in full; a longer one can be unfolded."""
+"""Characters up to which a question is shown in full; of a longer one half as many, and the rest can be unfolded."""
 
 LONG_CELL, LONG_HEADER = 40, 16
 """Characters from which on a text in a table, or the name of a column, is broken into lines."""
@@ -49,7 +49,7 @@ thead th{background:var(--tint);border-top:0;font-weight:600;color:#33393f;verti
 thead th.wrap{white-space:normal;min-width:8em}
 .number{text-align:right;font-variant-numeric:tabular-nums}
 td.long{white-space:pre-wrap;overflow-wrap:anywhere;min-width:16em}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,430px),1fr));gap:18px 28px;
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,max(320px,34%)),1fr));gap:18px 28px;
   margin:1em 0;align-items:start}
 figure{margin:0;max-width:540px;min-width:0}
 figure svg{display:block;width:100%;height:auto}
@@ -70,6 +70,7 @@ footer{max-width:1180px;margin:0 auto;padding:0 20px 36px;color:var(--soft);font
 body{background:#fff;font-size:11pt}nav{display:none}main,header,footer{max-width:none}
 section{border:0;padding:0;margin:18pt 0}.scroll{overflow:visible;border:0}
 table{font-size:7.5pt}th,td{white-space:normal;padding:.25em .4em}td.long,thead th.wrap{min-width:0}
+.plots{grid-template-columns:1fr 1fr}
 figure,.facts div,tr{break-inside:avoid}h2,h3{break-after:avoid}
 details::details-content{content-visibility:visible;block-size:auto}
 }
@@ -115,7 +116,9 @@ def _facts(runs: Sequence[Run]) -> Iterator[str]:
 
 def _section(index: int, section: Section) -> str:
     """Tables and all else in their order, the plots together where the first of them stands."""
-    blocks, plots, place = [], [], None
+    blocks: list[str] = []
+    plots: list[str] = []
+    place: int | None = None
     for number, part in enumerate(section.parts):
         match part:
             case Plot():
@@ -167,7 +170,7 @@ def _table(table: Table, above: str) -> str:
 def _answer(answer: Answer) -> str:
     question = f'<div class="question">{_escape(answer.question)}</div>'
     if len(answer.question) > SHORT_QUESTION:
-        begin = " ".join(answer.question[:SHORT_QUESTION].split())
+        begin = " ".join(answer.question[: SHORT_QUESTION // 2].split())
         about = f'<b>Question</b> <span class="begin">{_escape(begin)} …</span>'
         question = f"<details><summary>{about}</summary>{question}</details>"
     methods = "".join(

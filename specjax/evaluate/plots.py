@@ -130,7 +130,11 @@ def lines(
             for x, y, low, high in one.measured:
                 if low is not None and high is not None:
                     axes.plot([x, x], [low, high], color=colour, linewidth=1.2)
-                style = {"markerfacecolor": "#ffffff", "markeredgecolor": colour, "markeredgewidth": 1.8}
+                style: dict[str, Any] = {
+                    "markerfacecolor": "#ffffff",
+                    "markeredgecolor": colour,
+                    "markeredgewidth": 1.8,
+                }
                 axes.plot([x], [y], linestyle="", marker=marker, markersize=8, zorder=4, **style)
         if any(one.measured for one in series):
             style = {"markerfacecolor": "#ffffff", "markeredgecolor": "#555555", "markeredgewidth": 1.8}
@@ -155,7 +159,7 @@ def grouped_bars(prefix: str, title: str, axes_labels: tuple[str, str], series: 
             places = [x + (index - (len(series) - 1) / 2) * width for x in one.x]
             values = [_number(value) for value in one.y]
             hatch = HATCHES[one.place(index) % len(HATCHES)]
-            style = {"color": _colour(one.place(index)), "hatch": hatch, "edgecolor": "#ffffff"}
+            style: dict[str, Any] = {"color": _colour(one.place(index)), "hatch": hatch, "edgecolor": "#ffffff"}
             axes.bar(places, values, width=width, linewidth=0.4, label=_short(one.label), **style)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(False, axis="x")
@@ -172,7 +176,11 @@ def stacked_bars(prefix: str, title: str, axis: str, names: Sequence[str], serie
         left = [0.0] * len(names)
         for index, one in enumerate(series):
             values = [value or 0.0 for value in one.y]
-            style = {"color": _colour(index), "hatch": HATCHES[index % len(HATCHES)], "edgecolor": "#ffffff"}
+            style: dict[str, Any] = {
+                "color": _colour(index),
+                "hatch": HATCHES[index % len(HATCHES)],
+                "edgecolor": "#ffffff",
+            }
             axes.barh(range(len(names)), values, 0.62, left, linewidth=0.4, label=_short(one.label), **style)
             left = [before + value for before, value in zip(left, values, strict=True)]
         axes.set_yticks(range(len(names)), [_short(name) for name in names])
@@ -192,12 +200,18 @@ def heat_map(
     def draw(axes: Axes) -> None:
         logs = [[math.log2(value) if value else math.nan for value in map(_number, row)] for row in values]
         largest = max([abs(value) for row in logs for value in row if value == value] + [0.25])
-        style = {"cmap": "PuOr_r", "vmin": -largest, "vmax": largest, "edgecolors": "#ffffff", "linewidth": 1.5}
-        axes.pcolormesh(logs, **style)
+        style: dict[str, Any] = {
+            "cmap": "PuOr_r",
+            "vmin": -largest,
+            "vmax": largest,
+            "edgecolors": "#ffffff",
+            "linewidth": 1.5,
+        }
+        mesh = axes.pcolormesh(logs, **style)
         for row, line in enumerate(logs):
             for column, value in enumerate(line):
                 text = "–" if value != value else f"{2**value:.2f}"
-                style = {"color": "#ffffff" if abs(value) > 0.72 * largest else "#1b1f24", "fontsize": 8.5}
+                style = {"color": _readable(*mesh.cmap((value / largest + 1) / 2)[:3]), "fontsize": 8.5}
                 axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", **style)
         slanted = len(columns) > 4
         style = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if slanted else {}
@@ -214,7 +228,8 @@ def heat_map(
 
 
 def _svg(prefix: str, title: str, height: float, draw: Callable[[Axes], None], legend: bool = False) -> str:
-    with rc_context(SETTINGS | {"svg.hashsalt": prefix}), warnings.catch_warnings():
+    settings: Any = SETTINGS | {"svg.hashsalt": prefix}
+    with rc_context(settings), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names may be in any script
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
@@ -222,7 +237,7 @@ def _svg(prefix: str, title: str, height: float, draw: Callable[[Axes], None], l
         # Over the whole figure, so that it begins where the names of bars begin.
         figure.suptitle(textwrap.fill(title, 46), x=0.015, ha="left", fontsize=10.5, fontweight="bold")
         handles, labels = axes.get_legend_handles_labels()
-        if legend and len(labels) > 1:
+        if legend and labels:
             columns = 3 if max(map(len, labels)) < 14 else 2
             figure.legend(handles, labels, loc="outside lower center", ncols=columns)
         file = io.StringIO()
@@ -245,7 +260,14 @@ def _inline(svg: str, prefix: str) -> str:
 
 
 def _legend_height(num_series: int) -> float:
-    return 0.2 * math.ceil(num_series / 2) if num_series > 1 else 0.0
+    return 0.2 * math.ceil(num_series / 2)
+
+
+def _readable(*background: float) -> str:
+    """White or ink, whichever stands out more against red, green and blue in 0..1 (WCAG's relative luminance)."""
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in background]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#ffffff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.063 else "#1b1f24"
 
 
 def _colour(place: int) -> str:
