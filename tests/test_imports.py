@@ -20,6 +20,7 @@ LAYERS = [
     ["drafters"],
     ["verify", "trace"],
     ["step", "view"],
+    ["pacing"],
     ["generate"],
     ["slots"],
     ["evaluate", "train"],

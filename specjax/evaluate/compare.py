@@ -1,6 +1,7 @@
 """Other libraries on the same prompts, through their public API."""
 
 import copy
+import functools
 import importlib.util
 import time
 from collections.abc import Callable
@@ -45,11 +46,12 @@ def comparisons(experiment: Experiment, target: Target) -> tuple[dict[str, Gener
     """
     ready: dict[str, Generate] = {}
     not_run: dict[str, str] = {}
+    load_model = functools.cache(load_transformers)  # one copy of the weights for all that use them
     for name in experiment.compare:
         reason = _reason_not_to_run(name, experiment)
         if reason is None:
             try:
-                ready[name] = _load(name, experiment, target)
+                ready[name] = _load(name, experiment, target, load_model)
             except Exception as error:  # of another library's: any kind
                 reason = f"{type(error).__name__}: {str(error).strip()[:300]}"
         if reason is not None:
@@ -71,18 +73,21 @@ def _reason_not_to_run(name: str, experiment: Experiment) -> str | None:
     return None
 
 
-def _load(name: str, experiment: Experiment, target: Target) -> Generate:
+def _load(name: str, experiment: Experiment, target: Target, load_model: Callable[[Path, str], Any]) -> Generate:
     directory = pretrained.resolve(experiment.target)
     if name == "vllm":
         return vllm_generate(directory, target, experiment.sampling)
-    options: dict[str, Any] = {}
-    if name == "transformers-lookup":
-        options["prompt_lookup_num_tokens"] = LOOKUP_TOKENS
+    model, assistant = load_model(directory, str(target.dtype)), None
     if name == "transformers-assisted":
-        options["assistant_model"] = load_transformers(pretrained.resolve(experiment.assistant), str(target.dtype))
-    model = load_transformers(directory, str(target.dtype))
-    limits = experiment.sampling.max_tokens, target.config.max_position
-    return transformers_generate(model, *limits, _stops(target, experiment.sampling), **options)
+        assistant = load_model(pretrained.resolve(experiment.assistant), str(target.dtype))
+    return transformers_generate(
+        model,
+        experiment.sampling.max_tokens,
+        target.config.max_position,
+        _stops(target, experiment.sampling),
+        lookup_tokens=LOOKUP_TOKENS if name == "transformers-lookup" else None,
+        assistant=assistant,
+    )
 
 
 def _stops(target: Target, sampling: SamplingParams) -> list[int]:
@@ -98,7 +103,12 @@ def load_transformers(directory: Path, dtype: str) -> Any:
 
 
 def transformers_generate(
-    model: Any, max_tokens: int, max_position: int, stop_token_ids: list[int] | None = None, **options: Any
+    model: Any,
+    max_tokens: int,
+    max_position: int,
+    stop_token_ids: list[int] | None = None,
+    lookup_tokens: int | None = None,
+    assistant: Any = None,
 ) -> Generate:
     """Greedy generation by transformers, clocked by its streamer.
 
@@ -107,7 +117,8 @@ def transformers_generate(
         max_tokens: exactly so many new tokens are generated unless the model stops before.
         max_position: the target's context in tokens.
         stop_token_ids: that end an output; None for those of the model's generation config.
-        options: of `model.generate`, such as prompt_lookup_num_tokens or assistant_model.
+        lookup_tokens: drafts a round by prompt lookup; None looks nothing up.
+        assistant: a draft model from load_transformers; None decodes without one.
     """
     import torch
     from transformers.generation.streamers import BaseStreamer
@@ -115,6 +126,7 @@ def transformers_generate(
     settings = copy.deepcopy(model.generation_config)
     settings.do_sample = False
     settings.temperature = settings.top_k = settings.top_p = None  # only for sampling
+    settings.prompt_lookup_num_tokens = lookup_tokens
     if stop_token_ids is not None:
         settings.eos_token_id = stop_token_ids or None
 
@@ -138,13 +150,13 @@ def transformers_generate(
         room = min(max_tokens, max_position - len(prompt))
         if room < 1:
             raise SpecJAXError(f"the prompt has {len(prompt)} tokens; expected less than the context of {max_position}")
+        settings.max_new_tokens = room
         output = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=settings,
-            max_new_tokens=room,
+            assistant_model=assistant,
             streamer=clock,
-            **options,
         )
         began, first, last = clock.times[0], clock.times[1], clock.times[-1]
         return Generated(output[0, len(prompt) :].tolist(), sum(clock.counts[2:]), first - began, last - first)
