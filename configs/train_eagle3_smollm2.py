@@ -17,12 +17,23 @@ def get_config() -> ConfigDict:
     config.target = "smollm2-135m-instruct"
     # Of the frozen target: bfloat16 is faster also on CPUs with AMX, because nothing here decodes token by token.
     config.dtype = "bfloat16"
-    # Fields of specjax.heads.config.for_target.
+    # Fields of specjax.heads.config.for_target. The norms are those of EAGLE-3.1: some channels of the target's states
+    # are hundreds of times larger than others, and a head that reads them raw learns slowly.
     config.head = ConfigDict(
-        {"method": "eagle3", "draft_vocab_size": 5632, "num_layers": 1, "mlp_width": 1024, "taps": (2, 15, 27)}
+        {
+            "method": "eagle3",
+            "draft_vocab_size": 5632,
+            "num_layers": 1,
+            "mlp_width": 1024,
+            "taps": (2, 15, 27),
+            "fc_norm": True,
+            "norm_before_residual": True,
+            "norm_output": True,
+        }
     )
-    # A file that `specjax respond` wrote; empty: written to DIR/responses.jsonl first, from respond below.
-    config.responses = ""
+    # built_in_smollm2: answers that come with SpecJAX; or a file that `specjax respond` wrote; empty: written to
+    # DIR/responses.jsonl first, from respond below.
+    config.responses = "built_in_smollm2"
     # As in respond_smollm2.py; prompts empty: no responses.
     config.respond = ConfigDict(
         {

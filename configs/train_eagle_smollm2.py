@@ -13,7 +13,7 @@ from specjax.configs import train_eagle3_smollm2
 def get_config() -> ConfigDict:
     """That of train_eagle3_smollm2, which explains the fields, but for the head and its loss."""
     config = train_eagle3_smollm2.get_config()
-    config.head = ConfigDict({"method": "eagle", "num_layers": 1, "mlp_width": 1536})
+    config.head = ConfigDict({"method": "eagle", "num_layers": 1, "mlp_width": 1536, "layernorms": True})
     # The loss looks at the most frequent tokens; a step over all 49,152 takes several times longer.
     config.loss_vocab_size = 8192
     config.loss.feature_weight = 0.1

@@ -108,3 +108,14 @@ def test_damage_is_refused_by_file_and_line(tmp_path):
     path.write_text(f'{fine}\n{{"id": 3}}\n{fine}\n')
     with pytest.raises(ConfigError, match=r"r\.jsonl:2"):
         responses.read(path)
+
+
+def test_answers_that_come_along_are_whole_and_of_no_evaluation_prompt():
+    found = responses.read("built_in_smollm2")
+    assert len(found) > 2500 and sum(len(response.response) for response in found) > 400_000
+    assert len({response.id for response in found}) == len(found)
+    for response in found:
+        assert response.prompt and response.response and response.finish_reason in ("stop", "length")
+        assert 0 <= min(response.prompt + response.response) <= max(response.prompt + response.response) < 49152
+    sources = {response.id.split("/")[0] for response in found}
+    assert not sources & {"spec-bench", "mt-bench", "humaneval", "gsm8k-test", "vicuna-bench", "mbpp"}

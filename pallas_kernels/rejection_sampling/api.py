@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.rejection_sampling.base import Axis, CHUNK, LANES, NO_DRAFT, Truncation, Verdict
+from pallas_kernels.rejection_sampling.base import CHUNK, LANES, NO_DRAFT, Axis, Truncation, Verdict
 
 RULES = ("residual", "matching", "block")
 """residual: accept a draft if u * draft_prob < target_prob, else draw from what the draft's law leaves of the target's.

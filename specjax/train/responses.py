@@ -1,8 +1,10 @@
 """Responses of the target to training prompts, generated once and kept as token ids."""
 
 import json
+import lzma
 import os
 from collections.abc import Iterator, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +13,9 @@ from specjax.errors import ConfigError
 from specjax.evaluate.prompts import Prompt
 from specjax.generate import SpeculativeDecoder
 from specjax.slots import completions
+
+BUILT_IN = {"built_in_smollm2": "smollm2-135m-instruct.jsonl.xz"}
+"""Answers that come with SpecJAX, see answers/README.md."""
 
 BLOCK = 1024
 """Prompts that are decoded in one call: within it the shortest come first."""
@@ -35,14 +40,22 @@ class Response(NamedTuple):
 
 
 def read(path: str | os.PathLike) -> list[Response]:
-    """All responses of a file; a last line that a kill cut off is left out.
+    """All responses of a file, or of one of BUILT_IN; a last line that a kill cut off is left out.
 
     Raises:
         ConfigError: no such file, or a line that is no response; names it.
     """
-    if not Path(path).is_file():
-        raise ConfigError(f"responses={os.fspath(path)!r}: no such file; expected what `specjax respond` writes.")
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
+    built_in = BUILT_IN.get(os.fspath(path))
+    if built_in is not None:
+        text = lzma.decompress(resources.files("specjax.train").joinpath("answers", built_in).read_bytes()).decode()
+    elif Path(path).is_file():
+        text = Path(path).read_text(encoding="utf-8")
+    else:
+        raise ConfigError(
+            f"responses={os.fspath(path)!r}: no such file; expected what `specjax respond` writes, or one of "
+            f"{', '.join(BUILT_IN)}."
+        )
+    lines = text.split("\n")
     responses = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is not complete
         try:
