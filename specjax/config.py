@@ -75,6 +75,8 @@ DEFAULT_POSTERIOR_THRESHOLD = 0.09
 DEFAULT_POSTERIOR_ALPHA = 0.3
 """Medusa's defaults for the rule 'medusa-typical'; the second is the root of the first."""
 
+_OF_A_MODEL = ("model", "revision", "draft_tensor_parallel_size", "max_model_len")
+
 KEY_ALIASES = {
     "speculative_method": "method",
     "relaxed_delta": "relaxed_probability_delta",
@@ -479,11 +481,11 @@ class SpeculativeConfig(_Settings):
 
     METHOD_FIELDS: ClassVar[dict[str, tuple[str, ...]]] = {
         "ngram": ("prompt_lookup_min", "prompt_lookup_max"),
-        "draft_model": ("model", "revision", "assistant_early_exit", "max_model_len"),
-        "eagle": ("model", "revision", "max_model_len"),
-        "eagle3": ("model", "revision", "max_model_len"),
-        "mtp": ("model", "revision", "max_model_len"),
-        "hybrid": ("model", "revision", "max_model_len", "prompt_lookup_min", "prompt_lookup_max"),
+        "draft_model": (*_OF_A_MODEL, "assistant_early_exit"),
+        "eagle": _OF_A_MODEL,
+        "eagle3": _OF_A_MODEL,
+        "mtp": _OF_A_MODEL,
+        "hybrid": (*_OF_A_MODEL, "prompt_lookup_min", "prompt_lookup_max"),
     }
     """The fields of each method; those that no method lists belong to all."""
 

@@ -46,6 +46,8 @@ def make_mesh(config: MeshConfig, target: ModelConfig, devices: Sequence[Any] | 
     Raises:
         ConfigError: too few devices, or the target cannot be split so; names the nearest sizes that can.
     """
+    if not isinstance(config, MeshConfig):
+        raise ConfigError(f"mesh={config!r}: expected a specjax.MeshConfig, such as MeshConfig(data=2, model=4).")
     found = list(jax.devices() if devices is None else devices)
     size = config.data * config.model
     if size > len(found):

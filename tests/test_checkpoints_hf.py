@@ -210,9 +210,9 @@ def test_a_dtype_that_is_not_supported_is_refused(directory, dtype):
         load_target(directory, dtype=dtype)
 
 
-def test_a_mesh_is_refused(directory):
-    with pytest.raises(ConfigError, match="mesh"):
-        load_target(directory, mesh=object())
+def test_what_is_no_mesh_is_refused(directory):
+    with pytest.raises(ConfigError, match=r"mesh=4: expected a specjax.MeshConfig"):
+        load_target(directory, mesh=4)
 
 
 def test_a_path_where_nothing_is_is_refused(tmp_path):

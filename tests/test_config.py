@@ -133,6 +133,7 @@ def test_an_ngram_config_has_these_defaults():
         "model": None,
         "revision": None,
         "assistant_early_exit": None,
+        "draft_tensor_parallel_size": None,
         "max_model_len": None,
         "num_speculative_tokens": 2,
         "draft_sample_method": "greedy",
@@ -150,6 +151,7 @@ def test_a_draft_model_config_has_these_defaults():
         "model": "draft/directory",
         "revision": None,
         "assistant_early_exit": None,
+        "draft_tensor_parallel_size": None,
         "max_model_len": None,
         "num_speculative_tokens": 2,
         "draft_sample_method": "probabilistic",
@@ -236,9 +238,21 @@ def test_a_wrong_value_for_a_draft_model_is_refused_by_name(field, value):
 
 def test_the_message_of_a_wrong_count_says_what_to_do():
     assert refusal(ngram, num_speculative_tokens=0) == (
-        "SpeculativeConfig.num_speculative_tokens=0: expected an integer >= 1; give the number of drafts a round; "
-        "to decode without drafts pass config=None to SpeculativeDecoder."
+        "SpeculativeConfig.num_speculative_tokens=0: expected an integer >= 1, or 'auto'; give the number of drafts "
+        "a round; to decode without drafts pass config=None to SpeculativeDecoder."
     )
+
+
+def test_a_number_of_drafts_or_as_many_as_pay():
+    assert ngram(num_speculative_tokens="auto").num_speculative_tokens == "auto"
+    assert ngram(num_speculative_tokens="auto").max_drafts == 6
+    assert ngram(num_speculative_tokens="3").max_drafts == 3
+    for wrong in ("many", "", 0, True, 2.5, [1]):
+        assert f"num_speculative_tokens={wrong!r}: expected an integer >= 1, or 'auto'" in refusal(
+            ngram, num_speculative_tokens=wrong
+        )
+    synthetic = {"rejection_sampling_strategy": "synthetic", "synthetic_acceptance_length": 2.0}
+    assert "'synthetic' is told what is accepted" in refusal(ngram, num_speculative_tokens="auto", **synthetic)
 
 
 def test_every_wrong_value_is_reported_at_once():
@@ -805,7 +819,7 @@ def test_the_hash_is_the_same_for_the_same_graph():
         ngram().compute_hash()
         == SpeculativeConfig(model="ngram", enforce_eager=True, prompt_lookup_min=5).compute_hash()
     )
-    assert ngram().compute_hash() == "5b46b1685268e625"  # stable between processes and machines
+    assert ngram().compute_hash() == "668d544328ce593f"  # stable between processes and machines
 
 
 # Both classes

@@ -188,7 +188,7 @@ def test_export_writes_what_training_left(fitted, tmp_path, monkeypatch):
 def test_an_exported_draft_model_loads_and_drafts(tmp_path, monkeypatch):
     sizes = {"width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 24}
     student = student_for(TARGET.config, "draft_model", **sizes)
-    params = student.init(jax.random.key(0), TARGET.params["embedding"])
+    params = student.init(jax.random.key(0), TARGET.params, jnp.arange(TARGET.config.vocab_size))
     trainer.write_head(tmp_path / "work" / "head", student.fields(), params, None)
     (tmp_path / "random-0").mkdir()
     (tmp_path / "random-0" / "config.json").write_text("{}")

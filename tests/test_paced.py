@@ -28,7 +28,7 @@ pacing_drafter = importlib.import_module("specjax.drafters.paced")  # the packag
 TARGET = random_target(0)
 OTHER = random_target(1)
 LAYER = dataclasses.replace(TARGET.config, num_layers=1, sliding_windows=(None,))
-MOST = 4
+MOST = 3
 TOKEN_OF = np.arange(5, VOCAB, 3)
 
 
@@ -42,7 +42,6 @@ MTP = heads.mtp(LAYER, TARGET.config.width, "glm4_moe", num_blocks=2)
 METHODS = {
     "ngram": (lambda num: ngram(num, 1, 2), ()),
     "draft_model": (lambda num: draft_model(OTHER.config, num, jnp.float32, sample=False), OTHER.params),
-    "eagle3": (lambda num: head(EAGLE3, num, jnp.float32), weights_of(EAGLE3)),
     "mtp of 2 blocks": (lambda num: head(MTP, num, jnp.float32), weights_of(MTP)),
     "hybrid": (lambda num: hybrid(head(EAGLE3, num, jnp.float32), VOCAB, 2, 3), weights_of(EAGLE3)),
 }
@@ -110,7 +109,7 @@ def test_after_rounds_without_drafts_the_drafter_knows_what_it_would_have_known(
     texts = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 1, 4, 1], [2, 7, 2, 7, 2], [8, 2, 8]]
     state = pacer.start(texts)
     compared = 0
-    for choice in (4, 0, 2, 0, 0, 1, 3, *(0,) * 7, 4, *(0,) * 5, 2, *(0,) * 4, 3, 3, 0, 4):
+    for choice in (3, 0, 2, 0, 0, 1, *(0,) * 6, 3, *(0,) * 5, 2, *(0,) * 4, 3, 3, 0, 2):
         seconds = jnp.ones(len(counts)).at[choice].set(1e-3)
         params = pacer.params._replace(drafter=PacedParams(weights, seconds))
         known = [np.asarray(state.tokens[row, : state.length[row]]).tolist() for row in range(len(texts))]
@@ -192,8 +191,7 @@ def measured(monkeypatch):
     return costs
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("method", ["ngram", "draft_model"])
+@pytest.mark.parametrize(("method", "temperature"), [("ngram", 1.0), ("draft_model", 0.0)])
 def test_texts_are_those_of_plain_decoding(method, temperature, measured, monkeypatch):
     monkeypatch.setattr(pacing_drafter, "PERIOD", 3)
     config = specjax.SpeculativeConfig(
