@@ -27,7 +27,7 @@ from specjax.sampling import Adjustment, SamplingState, ThinkingPhase
 from specjax.sharding import state_shardings
 from specjax.step import ERROR, LENGTH, PAD, RUNNING, STOP, DecodeState, Params, System, speculative_step
 from specjax.target import decoder
-from specjax.tokenizer import encode_prompt, think_tokens
+from specjax.tokenizer import decode_text, encode_prompt, think_tokens
 from specjax.trace import Round, empty_trace, row_rounds, spell
 from specjax.verify import RULES, build_rule
 from specjax.view import AnswerView
@@ -626,15 +626,15 @@ class _Batch:
             if row in self.stopped or not request.params.stop:
                 continue
             tokens = self._tokens(row)
-            if first_stop(_decode_text(tokenizer, tokens), request.params.stop) is None:
+            if first_stop(decode_text(tokenizer, tokens), request.params.stop) is None:
                 continue
             # The stop string that is complete first ends the row, however many tokens arrived since the last look.
             num = next(
                 n
                 for n in range(1, len(tokens) + 1)
-                if first_stop(_decode_text(tokenizer, tokens[:n]), request.params.stop) is not None
+                if first_stop(decode_text(tokenizer, tokens[:n]), request.params.stop) is not None
             )
-            text = _decode_text(tokenizer, tokens[:num])
+            text = decode_text(tokenizer, tokens[:num])
             text = text[: first_stop(text, request.params.stop)]
             self.stopped[row] = _Output(text, tokens[:num], "stop", self._logprobs(row, num), self._rounds(row, num))
             newly.append(row)
@@ -676,7 +676,7 @@ class _Batch:
             tokens = self._tokens(row)
             reason = FINISH_REASONS.get(int(self.snapshot["finish"][row]))
             extras = self._logprobs(row, len(tokens)), self._rounds(row, len(tokens))
-            outputs.append(self.stopped.get(row) or _Output(_decode_text(tokenizer, tokens), tokens, reason, *extras))
+            outputs.append(self.stopped.get(row) or _Output(decode_text(tokenizer, tokens), tokens, reason, *extras))
         return outputs
 
     def metrics(self) -> Metrics:
@@ -782,12 +782,6 @@ def _settled(text: str, stops: Sequence[str]) -> str:
                 held = length
                 break
     return text[: len(text) - held]
-
-
-def _decode_text(tokenizer: Any, tokens: list[int]) -> str:
-    if tokenizer is None:
-        return ""
-    return tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def _result(outputs: list[_Output], metrics: Metrics, lossless: bool, tokenizer: Any) -> GenerationResult:

@@ -102,6 +102,12 @@ def param_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
     return jax.tree.map(of, shapes, axes)
 
 
+def placed(params: Any, shapes: Any, axes: Any, mesh: Mesh, whole: bool = False) -> Any:
+    """Weights on a mesh, split by its rules, or with whole all of them on every device. shapes, axes: as above."""
+    where = NamedSharding(mesh, PartitionSpec()) if whole else param_shardings(shapes, axes, mesh)
+    return jax.device_put(params, where)
+
+
 def state_shardings(state: Any, mesh: Mesh) -> Any:
     """A NamedSharding for each array of a DecodeState, or its shapes: caches by head, all else by row."""
 

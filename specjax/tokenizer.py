@@ -1,4 +1,4 @@
-"""Text to token ids: loading a checkpoint's tokenizer, its stop tokens, and prompts of every accepted form."""
+"""Text to token ids and back: a checkpoint's tokenizer, its stop tokens, and prompts of every accepted form."""
 
 import contextlib
 import json
@@ -182,3 +182,11 @@ def _shown(value: Any) -> str:
     """The value as in code, cut to a length that fits an error message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def decode_text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of token ids without special tokens; "" where there is no tokenizer."""
+    if tokenizer is None:
+        return ""
+    text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from specjax.checkpoints import hf, pretrained
 from specjax.config import MeshConfig
 from specjax.errors import CheckpointError, ConfigError
-from specjax.sharding import make_mesh, param_shardings
+from specjax.sharding import make_mesh, param_shardings, placed
 from specjax.target import decoder
 from specjax.target.families import ModelConfig, from_hf
 from specjax.tokenizer import load_tokenizer, stop_token_ids
@@ -57,19 +57,14 @@ class Target:
         """
         if mesh is None:
             return self
-        where = NamedSharding(mesh, PartitionSpec()) if whole else weight_shardings(self.config, mesh)
-        return dataclasses.replace(self, params=jax.device_put(self.params, where), mesh=mesh)
+        shapes, axes = decoder.param_shapes(self.config), decoder.param_axes(self.config)
+        return dataclasses.replace(self, params=placed(self.params, shapes, axes, mesh, whole), mesh=mesh)
 
     @property
     def num_params(self) -> int:
         """Weights, a tied head not counted twice."""
         total = sum(x.size for x in jax.tree.leaves(self.params))
         return total - (self.params["head"].size if self.config.tied_head else 0)
-
-
-def weight_shardings(config: ModelConfig, mesh: Mesh) -> Any:
-    """A NamedSharding for each weight of a decoder."""
-    return param_shardings(decoder.param_shapes(config), decoder.param_axes(config), mesh)
 
 
 def load_target(
@@ -92,7 +87,9 @@ def load_target(
     directory = pretrained.resolve(name_or_path, revision)
     config = from_hf(hf.read_config(directory))
     made = None if mesh is None else make_mesh(mesh, config)
-    shardings = None if made is None else weight_shardings(config, made)
+    shardings = None
+    if made is not None:
+        shardings = param_shardings(decoder.param_shapes(config), decoder.param_axes(config), made)
     params = hf.read_params(directory, config, dtype, shardings)
     tokenizer = load_tokenizer(directory) if any(directory.glob("tokenizer*")) else None
     if tokenizer is not None and len(tokenizer) > config.vocab_size:

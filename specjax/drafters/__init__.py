@@ -7,9 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
 
 from specjax.checkpoints import pretrained
 from specjax.checkpoints.heads import LoadedHead, detect_method, read_head
@@ -26,7 +24,7 @@ from specjax.drafters.plain import plain
 from specjax.errors import AssetError, ConfigError, DraftWarning
 from specjax.heads import network
 from specjax.heads.network import Shared
-from specjax.sharding import num_parts, param_shardings
+from specjax.sharding import num_parts, placed
 
 
 def build_drafter(config: SpeculativeConfig | None, target: Target) -> tuple[Drafter, Any]:
@@ -102,10 +100,7 @@ def _head(config: SpeculativeConfig, target: Target) -> Method:
     params = loaded.params
     if target.mesh is not None:
         shapes, axes = network.param_shapes(loaded.config), network.param_axes(loaded.config)
-        where = param_shardings(shapes, axes, target.mesh)
-        params = jax.device_put(
-            params, NamedSharding(target.mesh, PartitionSpec()) if _whole(config, target) else where
-        )
+        params = placed(params, shapes, axes, target.mesh, _whole(config, target))
     weights = HeadWeights(params, shared, token_of)
     check_fit(loaded.config, weights, target, name)
     limit = _checked_limit(config, target.config.max_position, "the target's context")

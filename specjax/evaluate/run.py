@@ -24,7 +24,7 @@ from specjax.evaluate.summary import Run, fastest, summarise
 from specjax.generate import GenerationResult, SpeculativeDecoder
 from specjax.metrics import Metrics
 from specjax.slots import Completions, completions
-from specjax.tokenizer import encode_prompt
+from specjax.tokenizer import decode_text, encode_prompt
 from specjax.trace import spell
 
 REFRESH_SECONDS = 60.0
@@ -235,7 +235,7 @@ class _Evaluation:
                 answer,
                 error=_not_finite(self.target.name) if done.finish_reason == "error" else None,
                 token_ids=done.token_ids,
-                text=_text_of(self.target, done.token_ids),
+                text=decode_text(self.target.tokenizer, done.token_ids),
                 finish_reason=done.finish_reason,
                 acceptance_counts=done.acceptance_counts.tolist(),
                 drafted=done.drafted,
@@ -335,16 +335,12 @@ def _text(error: Exception) -> str:
     return str(error).strip() or type(error).__name__
 
 
-def _text_of(target: Target, tokens: list[int]) -> str:
-    return target.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
 def _answer_of_another(generate: Generate, tokens: list[int], answer: Answer, target: Target) -> Answer:
     result = generate(tokens)
     return dataclasses.replace(
         answer,
         token_ids=result.token_ids,
-        text=_text_of(target, result.token_ids),
+        text=decode_text(target.tokenizer, result.token_ids),
         finish_reason="stop" if result.token_ids[-1] in target.stop_token_ids else "length",
         timed_tokens=result.timed_tokens,
         prefill_seconds=result.prefill_seconds,

@@ -13,6 +13,7 @@ from specjax.errors import ConfigError
 from specjax.evaluate.prompts import Prompt
 from specjax.generate import SpeculativeDecoder
 from specjax.slots import completions
+from specjax.tokenizer import decode_text
 
 BUILT_IN = {"built_in_smollm2": "smollm2-135m-instruct.jsonl.xz"}
 """Answers that come with SpecJAX, see answers/README.md."""
@@ -110,7 +111,7 @@ def _one_turn(
         for question, answer in zip(prompt.turns, [*earlier, None], strict=False):
             messages.append({"role": "user", "content": question})
             if answer is not None:
-                text = tokenizer.decode(answer.response, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+                text = decode_text(tokenizer, answer.response)
                 messages.append({"role": "assistant", "content": text})
         tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
         if len(tokens) > max_prompt_tokens:
