@@ -30,8 +30,8 @@ LONGEST = 4096
 FORWARD_ROWS = 8
 """Sequences that go through the target together."""
 
-WINDOW = 128
-"""Positions that go through it at once: the attention of so many stays in a CPU's caches."""
+WINDOWS = (128, 64, 32)
+"""Positions that go through it at once: the attention of 128 stays in a CPU's caches. The last are the fewest that do."""
 
 SHARD_TOKENS = 32768
 """Tokens after which a shard is closed: about what a kill loses."""
@@ -237,15 +237,16 @@ def _compute(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Adds best, final and taps to the token arrays of at most FORWARD_ROWS sequences."""
     longest = max(len(arrays["tokens"]) for arrays in sequences)
-    starts = range(0, longest, WINDOW)
-    tokens = np.zeros((FORWARD_ROWS, len(starts) * WINDOW), np.int32)
+    starts = range(0, longest, WINDOWS[0])
+    widths = [min(width for width in WINDOWS if width >= min(longest - start, WINDOWS[0])) for start in starts]
+    tokens = np.zeros((FORWARD_ROWS, sum(widths)), np.int32)
     for row, arrays in enumerate(sequences):
         tokens[row, : len(arrays["tokens"])] = arrays["tokens"]
     capacity = kv.round_capacity(tokens.shape[1])
     cache = decoder.init_cache(target.config, FORWARD_ROWS, capacity, jnp.dtype(jnp.float32))
     windows = []
-    for start in starts:
-        part = tokens[:, start : start + WINDOW]
+    for start, width in zip(starts, widths, strict=True):
+        part = tokens[:, start : start + width]
         found, cache = _forward(target.config, target.params, part, np.int32(start), cache, taps)
         windows.append(jax.device_get(found))
     tapped, final, best = (np.concatenate(parts, axis=1) for parts in zip(*windows, strict=True))

@@ -34,6 +34,9 @@ FEATURES = ("cache", "on_the_fly")
 SCHEDULES = ("cosine", "linear", "constant")
 MAY_CHANGE = ("log_every", "checkpoint_every", "eval_every", "eval_batches", "mesh")
 """Fields that a resumed run may have other values of: they don't change what is learnt."""
+MUON_MOMENTUM = 0.95
+MATRICES = {"qkv": ((0,), (2, 3)), "gate_up": ((0,), (2,)), "out": ((0, 1, 2), (3,))}
+"""Axes of a weight that its matrices read and give, where not the first and all others."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +73,8 @@ class OptimizerConfig:
         b1, b2: of the moments.
         weight_decay: of weights with two axes and more.
         clip_norm: largest global norm of the gradient.
+        muon_rms: root mean square of a matrix's step over the learning rate, where the steps of the matrices in layers
+            are made orthogonal (Muon, scaled as 2502.16982 does with 0.2); 0 leaves all weights to AdamW.
     """
 
     learning_rate: float = 1e-3
@@ -80,6 +85,7 @@ class OptimizerConfig:
     b2: float = 0.95
     weight_decay: float = 0.01
     clip_norm: float = 0.5
+    muon_rms: float = 0.0
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -87,6 +93,8 @@ class OptimizerConfig:
         for field in ("learning_rate", "clip_norm"):
             if not getattr(self, field) > 0:
                 raise ConfigError(f"optimizer.{field}={getattr(self, field)}: expected a number > 0.")
+        if not self.muon_rms >= 0:
+            raise ConfigError(f"optimizer.muon_rms={self.muon_rms}: expected a number >= 0; 0.2 is usual.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +216,56 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientT
 
     decayed = functools.partial(jax.tree.map, lambda x: x.ndim > 1)
     adamw = optax.adamw(learning_rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed)
+    if config.muon_rms:
+        adamw = optax.partition({"muon": _muon(config, learning_rate), "adamw": adamw}, _optimizers)
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw), learning_rate
+
+
+def _muon(config: OptimizerConfig, learning_rate: Any) -> optax.GradientTransformation:
+    """Momentum made orthogonal; its products are bfloat16, as is usual for them."""
+
+    def cast(dtype: Any) -> optax.GradientTransformation:
+        return optax.stateless(lambda updates, _: optax.tree.cast(updates, dtype))
+
+    def scaled(updates: Any, params: Any) -> Any:
+        def scale(update: jax.Array, axes: Any) -> jax.Array:
+            sides = [_extent(update, side) for side in (axes.reduction_axis, axes.output_axis)]
+            return update * config.muon_rms * math.sqrt(max(sides))
+
+        return jax.tree.map(scale, updates, _matrix_axes(updates))
+
+    return optax.chain(
+        optax.trace(MUON_MOMENTUM, nesterov=True),
+        cast(jnp.bfloat16),
+        optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=_matrix_axes),
+        cast(jnp.float32),
+        optax.stateless(scaled),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _extent(array: jax.Array, axes: tuple[int, ...]) -> int:
+    return math.prod(array.shape[axis] for axis in axes)
+
+
+def _optimizers(params: Any) -> Any:
+    """Which optimiser takes each weight: Muon neither norms nor what is indexed by tokens."""
+
+    def chosen(path: Any, weight: jax.Array) -> str:
+        return "muon" if weight.ndim > 1 and path[-1].key not in ("head", "embedding") else "adamw"
+
+    return jax.tree_util.tree_map_with_path(chosen, params)
+
+
+def _matrix_axes(params: Any) -> Any:
+    """Which axes of a weight make a matrix; further ones count its matrices: of gate and up, of each key's queries."""
+
+    def axes(path: Any, weight: jax.Array) -> Any:
+        found = MATRICES.get(path[-1].key, ((0,), tuple(range(1, weight.ndim))))
+        return optax.contrib.MuonDimensionNumbers(*found)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def train(config: TrainConfig, workdir: str | os.PathLike[str], progress: Any = None) -> dict[str, Any]:
