@@ -31,7 +31,7 @@ FORWARD_ROWS = 8
 """Sequences that go through the target together."""
 
 WINDOWS = (128, 64, 32)
-"""Positions that go through it at once: the attention of 128 stays in a CPU's caches. The last are the fewest that do."""
+"""Positions that go through it at once: the attention of 128 stays in a CPU's caches. The last are as few as do."""
 
 SHARD_TOKENS = 32768
 """Tokens after which a shard is closed: about what a kill loses."""
