@@ -110,6 +110,41 @@ class StreamChunk:
     finish_reason: str | None
 
 
+def init_state(
+    system: System, init_cache: Callable[[int, int], Any], params: Params, rows: dict[str, Any]
+) -> DecodeState:
+    """The state before prefill, with empty caches.
+
+    Args:
+        init_cache: (batch, capacity) -> the target's empty cache.
+        rows: inputs of each row, as batch_rows gives them.
+    """
+    batch, capacity = rows["tokens"].shape
+    key = jax.vmap(lambda low, high: jax.random.fold_in(jax.random.key(low), high))(
+        rows["seed_low"], rows["seed_high"]
+    )
+    G = system.drafter.num_speculative_tokens
+    return DecodeState(
+        tokens=rows["tokens"],
+        logprobs=jnp.zeros((batch, capacity)) if "logprobs" in rows else None,
+        length=rows["length"],
+        max_length=rows["max_length"],
+        stop_tokens=rows["stop_tokens"],
+        finish=rows["finish"],
+        sampling=SamplingState(
+            **{name: rows[name] for name in ("temperature", "top_k", "top_p", "min_p")},
+            key=key,
+            adjustment=_adjustment(rows),
+            phase=_phase(rows),
+        ),
+        cache=init_cache(batch, capacity),
+        drafter=system.drafter.init(params.drafter, batch, capacity),
+        num_drafted=jnp.zeros(batch, jnp.int32),
+        acceptance_counts=jnp.zeros((batch, G + 1), jnp.int32),
+        trace=empty_trace(batch, capacity, G) if "trace" in rows else None,
+    )
+
+
 def prefill(system: System, params: Params, state: DecodeState, start: jax.Array, size: int) -> DecodeState:
     """Runs positions start .. start + size - 1 of every row's prompt into the caches.
 
@@ -177,34 +212,8 @@ class Programs:
         self._compiled: dict[tuple, Any] = {}
 
     def init(self, params: Params, rows: dict[str, np.ndarray]) -> DecodeState:
-        """The state before prefill, with empty caches."""
-        batch, capacity = rows["tokens"].shape
-
-        def init(params, rows):
-            key = jax.vmap(lambda low, high: jax.random.fold_in(jax.random.key(low), high))(
-                rows["seed_low"], rows["seed_high"]
-            )
-            G = self.system.drafter.num_speculative_tokens
-            return DecodeState(
-                tokens=rows["tokens"],
-                logprobs=jnp.zeros((batch, capacity)) if "logprobs" in rows else None,
-                length=rows["length"],
-                max_length=rows["max_length"],
-                stop_tokens=rows["stop_tokens"],
-                finish=rows["finish"],
-                sampling=SamplingState(
-                    **{name: rows[name] for name in ("temperature", "top_k", "top_p", "min_p")},
-                    key=key,
-                    adjustment=_adjustment(rows),
-                    phase=_phase(rows),
-                ),
-                cache=self._init_cache(batch, capacity),
-                drafter=self.system.drafter.init(params.drafter, batch, capacity),
-                num_drafted=jnp.zeros(batch, jnp.int32),
-                acceptance_counts=jnp.zeros((batch, G + 1), jnp.int32),
-                trace=empty_trace(batch, capacity, G) if "trace" in rows else None,
-            )
-
+        """See init_state."""
+        init = functools.partial(init_state, self.system, self._init_cache)
         shapes = tuple((name, *array.shape) for name, array in rows.items())
         out = self._shardings(jax.eval_shape(init, params, rows))
         return self._run(("init", *shapes), jax.jit(init, out_shardings=out), params, rows)
