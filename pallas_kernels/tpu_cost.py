@@ -12,22 +12,37 @@ from pallas_kernels.tpu_bundles import PASS, Cost, Kernel, first_group
 
 
 class Chip(NamedTuple):
-    """A chip.
+    """A chip, or what jax calls a device of one: on tpu7x half a chip.
+
+    The figures of v5e, v5p, v6e and tpu7x are those that Google publishes (docs.cloud.google.com/tpu/docs/v5e, /v5p,
+    /v6e and /tpu7x), tpu7x's halved.
 
     Attributes:
-        hertz: of the TensorCore. The dumps don't say; it is the peak that libtpu's cost analysis takes for a bfloat16
-            matmul (flops / optimal_seconds: 197e12 and 918e12) over 2 * 4 * 128**2 and 2 * 4 * 256**2 flops a cycle.
-        bytes_per_second: of HBM, as Google publishes it.
+        hertz: of the TensorCore. The dumps don't say; it is the published peak over the flops that a device's matrix
+            units do in a cycle: 2 * 128**2 each on v5e (4 of them) and v5p (8), 2 * 256**2 each on v6e and tpu7x (4;
+            with fewer, libtpu's own estimates of large products would exceed the peak).
+        bytes_per_second: of HBM.
+        flops_per_second: peak, bfloat16.
+        hbm_bytes: that a program may use, as libtpu says when one does not fit (15.75, 95.73, 31.24 and 94.74 GiB).
+        link_bytes_per_second: of all links to other chips together, in one direction.
     """
 
     hertz: float
     bytes_per_second: float
+    flops_per_second: float
+    hbm_bytes: float
+    link_bytes_per_second: float
 
 
-CHIPS = {"v5e": Chip(1.5e9, 819e9), "v6e": Chip(1.75e9, 1640e9)}
+CHIPS = {
+    "v5e": Chip(1.5e9, 819e9, 197e12, 15.75 * 2**30, 200e9),
+    "v5p": Chip(1.75e9, 2765e9, 459e12, 95.73 * 2**30, 600e9),
+    "v6e": Chip(1.75e9, 1640e9, 918e12, 31.24 * 2**30, 400e9),
+    "tpu7x": Chip(2.2e9, 3690e9, 1153.5e12, 94.74 * 2**30, 300e9),
+}
 
 
-class _Operation(NamedTuple):
+class Operation(NamedTuple):
     """A line of HLO."""
 
     name: str
@@ -40,17 +55,22 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-
 WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
+def read_hlo(hlo: str) -> tuple[dict[str, list[Operation]], str]:
+    """The operations of each computation by its name, and the name of the one that a program begins with."""
+    computations, entry = {}, ""
+    for header, body in re.findall(r"^((?:ENTRY )?%[\w.-]+) \([^\n]*\{\n(.*?)^\}", hlo, re.M | re.S):
+        name = header.rsplit("%", 1)[1]
+        lines = re.findall(r"^\s*(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z\d-]*)\((.*)$", body, re.M)
+        computations[name] = [Operation(*line) for line in lines]
+        entry = name if header.startswith("ENTRY") else entry
+    return computations, entry
+
+
 class Program:
     """A compiled program: its HLO, and the dumped bundles of its operations."""
 
     def __init__(self, hlo: str, dump: Path):
-        self.computations: dict[str, list[_Operation]] = {}
-        self.entry = ""
-        for header, body in re.findall(r"^((?:ENTRY )?%[\w.-]+) \([^\n]*\{\n(.*?)^\}", hlo, re.M | re.S):
-            name = header.rsplit("%", 1)[1]
-            lines = re.findall(r"^\s*(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z\d-]*)\((.*)$", body, re.M)
-            self.computations[name] = [_Operation(*line) for line in lines]
-            self.entry = name if header.startswith("ENTRY") else self.entry
+        self.computations, self.entry = read_hlo(hlo)
         self.shapes = {x.name: x.shape for lines in self.computations.values() for x in lines}
         self.kernels: dict[str, Kernel] = {}
         for path in sorted(dump.glob(f"*-{PASS}.txt")):
@@ -64,7 +84,7 @@ class Program:
                 if x.name in self.kernels:
                     self.alike.setdefault(self._likeness(x), self.kernels[x.name])
 
-    def _likeness(self, x: _Operation) -> str:
+    def _likeness(self, x: Operation) -> str:
         """A text that is the same for operations that differ in names only."""
         rest = re.sub(r", (metadata|backend_config|frontend_attributes|sharding)=.*", "", x.rest)
         operands, _, attributes = rest.partition(")")
@@ -93,7 +113,7 @@ class Program:
             total, loops = total + cost, loops or looping
         return total, loops
 
-    def _operation(self, x: _Operation, chip: Chip, *how: int, nested: bool) -> tuple[Cost, bool]:
+    def _operation(self, x: Operation, chip: Chip, *how: int, nested: bool) -> tuple[Cost, bool]:
         bisections, bound = how
         if x.op == "while":
             condition, body = (first_group(rf"{key}=%([\w.-]+)", x.rest) for key in ("condition", "body"))
@@ -116,7 +136,7 @@ class Program:
         if x.op in FREE or "ConcatBitcast" in x.rest:
             return Cost(), False
         if x.op.endswith("-start"):
-            return Cost(bytes=_moved(x.shape)), False
+            return Cost(bytes=moved(x.shape)), False
         kernel = self.kernels.get(x.name) or self.alike.get(self._likeness(x))
         if kernel is None:
             return Cost(uncounted=(x.name,)), False
@@ -125,14 +145,20 @@ class Program:
         return cost, False
 
 
-def _moved(shape: str) -> int:
-    """Bytes that an asynchronous copy moves from or to HBM, of its shape: both ends and a flag. S(...) is not HBM."""
-    ends = re.findall(r"(\w+)\[([\d,]*)\]\{([\d,]*)(?::T\((\d+)(?:,(\d+))?\))?([^}]*)\}", shape)[:2]
-    sizes = []
-    for dtype, dims, order, *tile, _ in ends:
-        lengths = [int(n) for n in dims.split(",")]
-        minor_first = [lengths[int(i)] for i in order.split(",")]
+def moved(shape: str) -> int:
+    """Bytes that an asynchronous copy moves from or to HBM, of its shape: both ends and a flag."""
+    ends = buffers(shape)[:2]
+    return min(size for size, _ in ends) * sum(in_hbm for _, in_hbm in ends)
+
+
+def buffers(shape: str) -> list[tuple[int, bool]]:
+    """Bytes, padding to whole tiles included, of each array of a shape, and whether it lies in HBM: S(...) is not."""
+    found = []
+    pattern = r"(\w+)\[([\d,]*)\](?:\{([\d,]*)(?::T\((\d+)(?:,(\d+))?\))?([^}]*)\})?"
+    for dtype, dims, order, *tile, space in re.findall(pattern, shape):
+        lengths = [int(n) for n in dims.split(",") if n]
+        minor_first = [lengths[int(i)] for i in order.split(",") if i] or lengths
         for i, step in enumerate(int(n) for n in reversed(tile) if n):
             minor_first[i : i + 1] = [-(-n // step) * step for n in minor_first[i : i + 1]]
-        sizes.append(WIDTHS[dtype] * math.prod(minor_first))
-    return min(sizes) * sum("S(" not in space for *_, space in ends)
+        found.append((WIDTHS.get(dtype, 0) * math.prod(minor_first), "S(" not in space))
+    return found

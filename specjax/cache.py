@@ -93,19 +93,3 @@ def write(slots: jax.Array, entries: jax.Array, start: jax.Array) -> jax.Array:
 
     num_rows = slots.shape[0]
     return jax.lax.fori_loop(0, num_rows, write_row, slots, unroll=num_rows <= UNROLLED_ROWS)
-
-
-def visible(query_positions: jax.Array, slot_positions: jax.Array, sliding_window: int | None) -> jax.Array:
-    """Which slots a query may attend to: those at or before it and, with a window, fewer than that many back.
-
-    Args:
-        query_positions: int32[B, T]. slot_positions: int32[S'].
-
-    Returns:
-        bool[B, T, S'].
-    """
-    distance = query_positions[:, :, None] - slot_positions[None, None, :]
-    mask = distance >= 0
-    if sliding_window is not None:
-        mask &= distance < sliding_window
-    return mask

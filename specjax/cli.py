@@ -1,5 +1,6 @@
 """The specjax command: generate, evaluate, report, train and their kin, most driven by a config file."""
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -18,6 +19,8 @@ commands:
   respond    answer training prompts                specjax respond --config=respond_smollm2 --workdir=DIR
   train      train a draft head                     specjax train --config=train_eagle3_smollm2 --workdir=DIR
   export     write a head for other systems         specjax export --source=DIR --out=DIR
+  preflight  what a TPU you don't have would do     specjax preflight --config=preflight_llama31_8b_eagle3 \\
+                                                      --topology=v6e:2x2 [--workdir=DIR]
 
 A config is a Python file with get_config(); those that come with SpecJAX can be named without path and ending.
 specjax COMMAND --help lists the options of a command.
@@ -25,11 +28,17 @@ specjax COMMAND --help lists the options of a command.
 
 INTERRUPTED = 130
 FAILED = 2
+DOES_NOT_FIT = 3
 RESUMABLE = ("evaluate", "respond", "train")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. Returns the exit code: 0, 2 after an error that a message explains, 130 after Ctrl-C."""
+    """Runs a command.
+
+    Returns:
+        The exit code: 0, 2 after an error that a message explains, 3 where preflight finds that memory does not
+        suffice, 130 after Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
@@ -40,15 +49,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"command={arguments[0]!r}: expected one of {', '.join(COMMANDS)}; see specjax --help.")
         return command(arguments[1:])
     except SpecJAXError as error:
-        print(f"specjax: error: {error}", file=sys.stderr)
-        return FAILED
+        return _stopped(f"error: {error}", FAILED)
     except OSError as error:
-        print(f"specjax: error: {error}; check the path, its permissions and the space left.", file=sys.stderr)
-        return FAILED
+        return _stopped(f"error: {error}; check the path, its permissions and the space left.", FAILED)
     except KeyboardInterrupt:
         kept = "; the same command goes on where it stopped" if arguments[0] in RESUMABLE else ""
-        print(f"\nspecjax: interrupted{kept}.", file=sys.stderr)
-        return INTERRUPTED
+        print(file=sys.stderr)
+        return _stopped(f"interrupted{kept}.", INTERRUPTED)
+
+
+def _stopped(message: str, code: int) -> int:
+    """Says why the command ends, to other processes of it too. Returns the exit code."""
+    print(f"specjax: {message}", file=sys.stderr)
+    if "specjax.processes" in sys.modules:
+        from specjax import processes
+
+        processes.end_all(message.removeprefix("error: "), code)
+    return code
 
 
 def run_generate(arguments: list[str]) -> int:
@@ -59,21 +76,35 @@ def run_generate(arguments: list[str]) -> int:
     prompt = flags["prompt"]
     if prompt is None:
         raise ConfigError('--prompt: is missing; expected a text, such as --prompt "Name three primary colours."')
+    from specjax import processes
     from specjax.checkpoints.load import load_target
     from specjax.config import SamplingParams, SpeculativeConfig
     from specjax.evaluate.files import plain_dict
     from specjax.evaluate.run import check_finite
     from specjax.generate import SpeculativeDecoder
+    from specjax.sharding import read_mesh
 
+    fields = plain_dict(config)
+    processes.join(fields.pop("distributed", None))
+    processes.same_everywhere(fields | {"prompt": prompt}, "config")
     sampling = SamplingParams.model_validate(plain_dict(config.sampling))
     method = SpeculativeConfig.model_validate(plain_dict(config.speculative)) if config.speculative.method else None
-    target = load_target(config.target, dtype=config.dtype or None)
+    target = load_target(config.target, dtype=config.dtype or None, mesh=read_mesh(fields.get("mesh")))
     stream = SpeculativeDecoder(target, method, max_batch_size=1).stream([prompt], sampling, chat=config.chat)
     for chunk in stream:
-        print(chunk.text, end="", flush=True)
-    print()
+        if processes.is_writer():
+            print(chunk.text, end="", flush=True)
     result = stream.result
     assert result is not None  # the iterator is exhausted
+    if processes.is_writer():
+        print()
+        _print_numbers(result, method)
+    check_finite(result, config.target)
+    return 0
+
+
+def _print_numbers(result: Any, method: Any) -> None:
+    """What a GenerationResult says of speed. method: its SpeculativeConfig, or None."""
     metrics = result.metrics
     drafts = f"{metrics.accepted} of {metrics.drafted} drafts accepted, " if method else ""
     print(
@@ -84,8 +115,6 @@ def run_generate(arguments: list[str]) -> int:
     )
     if method and not result.lossless:
         print(f"[lossy: {method.rejection_sampling_strategy} does not keep the target's law]", file=sys.stderr)
-    check_finite(result, config.target)
-    return 0
 
 
 def run_evaluate(arguments: list[str]) -> int:
@@ -102,6 +131,7 @@ def _measure(command: str, arguments: list[str]) -> int:
     config, workdir = _config_and_workdir(command, arguments, "The folder for results. Required.")
     if config is None:
         return 0
+    from specjax import processes
     from specjax.evaluate import benchmark, report, run
 
     if command == "benchmark":
@@ -110,12 +140,14 @@ def _measure(command: str, arguments: list[str]) -> int:
         print(f"{report.benchmark_table(results)}\nwritten to {workdir}")
         return 0
     try:
-        with report.progress() as advance:
+        with _progress() as advance:
             summary = run.evaluate(config, workdir, advance)
     except KeyboardInterrupt:
-        if (Path(workdir) / report.SUMMARY).is_file():
+        if processes.is_writer() and (Path(workdir) / report.SUMMARY).is_file():
             report.write_report([workdir])
         raise
+    if not processes.is_writer():
+        return 0
     report.write_report([workdir])
     failed = summary["failed"]
     rows = {"plain": summary["baseline"], **summary["methods"]}
@@ -137,11 +169,13 @@ def run_respond(arguments: list[str]) -> int:
     config, workdir = _config_and_workdir("respond", arguments, "The folder for responses.jsonl. Required.")
     if config is None:
         return 0
-    from specjax.evaluate import report
+    from specjax import processes
     from specjax.train.respond import FILE, respond
 
-    with report.progress() as advance:
+    with _progress() as advance:
         counts = respond(config, workdir, advance)
+    if not processes.is_writer():
+        return 0
     print(
         f"{counts['responses']} responses to {counts['prompts']} prompts, {counts['tokens']} tokens\n"
         f"written to {Path(workdir) / FILE}"
@@ -154,11 +188,13 @@ def run_train(arguments: list[str]) -> int:
     config, workdir = _config_and_workdir("train", arguments, "The folder for the head and its logs. Required.")
     if config is None:
         return 0
-    from specjax.evaluate import report
+    from specjax import processes
     from specjax.train import trainer
 
-    with report.progress() as advance:
+    with _progress() as advance:
         summary = trainer.train(trainer.TrainConfig.from_config(config), workdir, advance)
+    if not processes.is_writer():
+        return 0
     final = summary["validation"] or summary["final"]
     print(
         f"{summary['steps']} steps, {summary['tokens']} tokens in {summary['minutes']:.1f} minutes; "
@@ -223,8 +259,44 @@ def run_export(arguments: list[str]) -> int:
     return 0
 
 
+def _progress() -> Any:
+    """The progress bar of process 0; the others, which measure the same, have none."""
+    from specjax import processes
+    from specjax.evaluate import report
+
+    return report.progress() if processes.is_writer() else contextlib.nullcontext()
+
+
+PREFLIGHT_OPTIONS = {
+    "topology": "The chips to compile for, such as v5e:2x4, v5p:2x2x2, v6e:2x2 or tpu7x:2x2x1. Required.",
+    "workdir": "The folder for preflight.json and preflight.svg. Default: none are written.",
+}
+
+
+def run_preflight(arguments: list[str]) -> int:
+    """Compiles for TPUs that need not be there, and says what they would do."""
+    config, flags = parse("preflight", arguments, PREFLIGHT_OPTIONS)
+    if config is None:
+        return 0
+    topology, workdir = flags["topology"], flags["workdir"] or ""
+    if not topology:
+        raise ConfigError("--topology: is missing; expected a chip and a layout, such as --topology=v6e:2x2.")
+    from rich.console import Console
+
+    from specjax.evaluate.report import progress
+    from specjax.preflight.report import tables
+    from specjax.preflight.run import preflight
+
+    with progress() as advance:
+        summary = preflight(config, topology, workdir, advance)
+    Console().print(*tables(summary), sep="\n")
+    if workdir:
+        print(f"written to {workdir}")
+    return 0 if summary["fits"] else DOES_NOT_FIT
+
+
 def _config_and_workdir(command: str, arguments: list[str], about: str) -> tuple[Any, str]:
-    """The config and --workdir; (None, "") after --help.
+    """The config, whose processes are joined, and --workdir; (None, "") after --help.
 
     Raises:
         ConfigError: --workdir is missing.
@@ -234,6 +306,9 @@ def _config_and_workdir(command: str, arguments: list[str], about: str) -> tuple
         return None, ""
     if not flags["workdir"]:
         raise ConfigError(f"--workdir: is missing; expected a folder for the results, such as workdir/{command}")
+    from specjax import processes
+
+    processes.join(config.get("distributed"))
     return config, flags["workdir"]
 
 
@@ -325,6 +400,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "respond": run_respond,
     "train": run_train,
     "export": run_export,
+    "preflight": run_preflight,
 }
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ DEFAULT_POSTERIOR_THRESHOLD = 0.09
 DEFAULT_POSTERIOR_ALPHA = 0.3
 """Medusa's defaults for the rule 'medusa-typical'; the second is the root of the first."""
 
-_OF_A_MODEL = ("model", "revision", "draft_tensor_parallel_size", "max_model_len")
+_OF_A_MODEL = ("model", "revision", "draft_tensor_parallel_size", "max_model_len", "speculative_token_map")
 
 KEY_ALIASES = {
     "speculative_method": "method",
@@ -332,6 +332,15 @@ class SpeculativeConfig(_Settings):
         expected="an integer >= 1, in tokens",
         remedy="give the draft model's longest context, else leave the field out",
         ge=1,
+    )
+    speculative_token_map: NonEmptyText | None = _setting(
+        None,
+        "A JSON file with the list of the only token ids to be drafted, frequent ones, for drafters whose output head "
+        "spans the target's vocabulary: only these columns of it are read, which makes a draft cheaper and a token "
+        "beyond them a rejection (SGLang's name; FR-Spec, arXiv 2502.14856). Default: token_map.json beside the "
+        "drafter's weights, where there is one.",
+        expected="the path of a JSON file",
+        remedy="`specjax export` writes one beside heads whose loss looked at frequent tokens; or leave the field out",
     )
 
     # How it drafts

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax import cache as kv
+from specjax import processes
 from specjax.checkpoints.load import Target
 from specjax.checkpoints.pretrained import cache_dir
 from specjax.config import MeshConfig, SamplingParams, SpeculativeConfig
@@ -24,7 +25,7 @@ from specjax.errors import ConfigError, DraftWarning, SpecJAXError
 from specjax.metrics import Metrics
 from specjax.pacing import round_seconds
 from specjax.sampling import Adjustment, SamplingState, ThinkingPhase
-from specjax.sharding import state_shardings
+from specjax.sharding import fetch, on_mesh, put, state_shardings
 from specjax.step import ERROR, LENGTH, PAD, RUNNING, STOP, DecodeState, Params, System, speculative_step
 from specjax.target import decoder
 from specjax.tokenizer import decode_text, encode_prompt, think_tokens
@@ -120,9 +121,7 @@ def init_state(
         rows: inputs of each row, as batch_rows gives them.
     """
     batch, capacity = rows["tokens"].shape
-    key = jax.vmap(lambda low, high: jax.random.fold_in(jax.random.key(low), high))(
-        rows["seed_low"], rows["seed_high"]
-    )
+    key = jax.vmap(lambda low, high: jax.random.fold_in(jax.random.key(low), high))(rows["seed_low"], rows["seed_high"])
     G = system.drafter.num_speculative_tokens
     return DecodeState(
         tokens=rows["tokens"],
@@ -226,11 +225,14 @@ class Programs:
 
     def decode(self, params: Params, state: DecodeState, num_rounds: int) -> DecodeState:
         """See decode. The state is donated."""
-        options = narrow_options() if state.length.size <= NARROW_ROWS else None
+        return self._run(("decode", *_state_key(state)), self.decoding(state), params, state, np.int32(num_rounds))
+
+    def decoding(self, state: DecodeState) -> Any:
+        """decode as what jax.jit gives, for this state or its shapes; to be lowered with the mesh set."""
+        platform = None if self.mesh is None else self.mesh.devices.flat[0].platform
+        options = narrow_options(platform) if state.length.size <= NARROW_ROWS else None
         run = functools.partial(decode, self.system)
-        out = self._shardings(state)
-        function = jax.jit(run, donate_argnums=1, out_shardings=out, compiler_options=options)
-        return self._run(("decode", *_state_key(state)), function, params, state, np.int32(num_rounds))
+        return jax.jit(run, donate_argnums=1, out_shardings=self._shardings(state), compiler_options=options)
 
     def place(self, state: DecodeState, fresh: DecodeState, rows: np.ndarray) -> DecodeState:
         """See place. The state is donated."""
@@ -245,6 +247,7 @@ class Programs:
         if self._eager:
             with jax.disable_jit():
                 return function(*args)
+        args = on_mesh(args, self.mesh)
         if key not in self._compiled:
             began = time.perf_counter()
             with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
@@ -255,13 +258,16 @@ class Programs:
 
 
 @functools.cache
-def narrow_options() -> dict[str, str] | None:
+def narrow_options(platform: str | None = None) -> dict[str, str] | None:
     """Compiler options for programs whose products have few rows.
 
     On CPU, the XLA of jax 0.10 gives products to YNNPACK; Eigen is up to a fifth faster for 3 to 5 rows and no slower
     for one (SmolLM2, two cores). The option is experimental, so a jaxlib without it does without.
+
+    Args:
+        platform: that they are compiled for; None is the one that jax runs on.
     """
-    if jax.default_backend() != "cpu":
+    if (platform or jax.default_backend()) != "cpu":
         return None
     options = {"xla_cpu_experimental_ynn_fusion_type": ""}
     try:
@@ -330,6 +336,8 @@ class SpeculativeDecoder:
     ):
         if max_batch_size < 1:
             raise ConfigError(f"max_batch_size={max_batch_size}: expected an integer >= 1.")
+        if config is not None and config.enforce_eager and jax.process_count() > 1:
+            raise ConfigError("SpeculativeConfig.enforce_eager=True: is for one process; expected False with several.")
         if mesh is not None:
             target = target.on(mesh)
         self.target = target
@@ -346,7 +354,7 @@ class SpeculativeDecoder:
                 "rule for this model."
             )
         system = System(functools.partial(decoder.apply, target.config), drafter, rule)
-        self.params = Params(target.params, draft_params)
+        self.params = on_mesh(Params(target.params, draft_params), target.mesh)
         self._round_seconds: dict[int, np.ndarray] = {}
         self.programs = Programs(
             system,
@@ -363,7 +371,8 @@ class SpeculativeDecoder:
             return self.params
         batch = rows["length"].size
         if batch not in self._round_seconds:
-            self._round_seconds[batch] = round_seconds(self.programs, self.params, rows)
+            measured = round_seconds(self.programs, self.params, rows)
+            self._round_seconds[batch] = np.array(processes.of_first(measured.tolist()), np.float32)
         seconds = jnp.asarray(self._round_seconds[batch])
         return self.params._replace(drafter=self.params.drafter._replace(seconds=seconds))
 
@@ -624,7 +633,7 @@ class _Batch:
     def _look(self, state: DecodeState) -> None:
         """The one place that reads the device."""
         names = ("tokens", "length", "finish", "num_drafted", "acceptance_counts", "logprobs", "trace")
-        arrays = jax.device_get([getattr(state, name) for name in names])
+        arrays = fetch([getattr(state, name) for name in names])
         self.snapshot = dict(zip(names, arrays, strict=True))
 
     def _stop_at_strings(self, state: DecodeState) -> DecodeState:
@@ -651,7 +660,7 @@ class _Batch:
             return state
         self.snapshot["finish"] = self.snapshot["finish"].copy()
         self.snapshot["finish"][newly] = STOP
-        return state.replace(finish=jnp.asarray(self.snapshot["finish"]))
+        return state.replace(finish=put(self.snapshot["finish"], state.finish.sharding))
 
     def _tokens(self, row: int) -> list[int]:
         prompt = len(self.requests[row].tokens)
@@ -711,20 +720,7 @@ def batch_rows(
             log-probabilities only where one of them asks.
     """
     num_stops = max(len(request.stop_tokens) for request in peers)
-    num_stops = -(-max(num_stops, 1) // STOP_TOKENS_MULTIPLE) * STOP_TOKENS_MULTIPLE
-    rows = {
-        "tokens": np.zeros((batch, capacity), np.int32),
-        "length": np.ones(batch, np.int32),
-        "max_length": np.ones(batch, np.int32),
-        "stop_tokens": np.full((batch, num_stops), PAD, np.int32),
-        "finish": np.full(batch, LENGTH, np.int32),
-        "temperature": np.zeros(batch, np.float32),
-        "top_k": np.zeros(batch, np.int32),
-        "top_p": np.ones(batch, np.float32),
-        "min_p": np.zeros(batch, np.float32),
-        "seed_low": np.zeros(batch, np.uint32),
-        "seed_high": np.zeros(batch, np.uint32),
-    }
+    rows = finished_rows(batch, capacity, num_stops)
     for row, request in enumerate(requests):
         params, length, seed = request.params, len(request.tokens), request.params.seed or 0
         values = {
@@ -743,6 +739,24 @@ def batch_rows(
         for name, value in values.items():
             rows[name][row] = value
     return rows | _optional_rows(owner, requests, batch, peers)
+
+
+def finished_rows(batch: int, capacity: int, num_stops: int = 1) -> dict[str, np.ndarray]:
+    """The per-row inputs of a state whose rows are all done from the start, with room for so many stop tokens."""
+    num_stops = -(-max(num_stops, 1) // STOP_TOKENS_MULTIPLE) * STOP_TOKENS_MULTIPLE
+    return {
+        "tokens": np.zeros((batch, capacity), np.int32),
+        "length": np.ones(batch, np.int32),
+        "max_length": np.ones(batch, np.int32),
+        "stop_tokens": np.full((batch, num_stops), PAD, np.int32),
+        "finish": np.full(batch, LENGTH, np.int32),
+        "temperature": np.zeros(batch, np.float32),
+        "top_k": np.zeros(batch, np.int32),
+        "top_p": np.ones(batch, np.float32),
+        "min_p": np.zeros(batch, np.float32),
+        "seed_low": np.zeros(batch, np.uint32),
+        "seed_high": np.zeros(batch, np.uint32),
+    }
 
 
 def _optional_rows(

@@ -1,6 +1,7 @@
 """Drafters: what n-gram lookup proposes, and that the draft model proposes what it would decode itself."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,15 @@ from laws import RowParams
 from models import next_logits, random_target
 from test_sampling import state_of
 
+from specjax.checkpoints.heads import write_head
 from specjax.config import SamplingParams, SpeculativeConfig
 from specjax.drafters.base import NO_DRAFT, Context, Features
-from specjax.drafters.draft_model import draft_model
+from specjax.drafters.draft_model import DraftWeights, draft_model
 from specjax.drafters.ngram import lookup
 from specjax.errors import ConfigError
 from specjax.generate import SpeculativeDecoder
+from specjax.heads import config as heads
+from specjax.heads import network
 
 
 def reference_lookup(text, num, shortest, longest):
@@ -82,11 +86,12 @@ def proposal_after(draft, texts, num, sample, params, max_model_len=None):
         tokens[row, : len(text)] = text
     tokens, start = jnp.asarray(tokens), jnp.zeros(len(texts), jnp.int32)
     context = Context(tokens, jnp.array([len(text) for text in texts]), state_of(params))
-    cache = drafter.init(draft.params, len(texts), 256)
+    weights = DraftWeights(draft.params)
+    cache = drafter.init(weights, len(texts), 256)
     cache = jax.jit(drafter.prefill)(
-        draft.params, cache, context, Features(tokens[:, :32], start, (), tokens[:, :32, None]), context.length - 1
+        weights, cache, context, Features(tokens[:, :32], start, (), tokens[:, :32, None]), context.length - 1
     )
-    return jax.jit(drafter.propose)(draft.params, cache, context)[0]
+    return jax.jit(drafter.propose)(weights, cache, context)[0]
 
 
 def greedy_continuation(draft, text, num):
@@ -134,12 +139,12 @@ def test_random_numbers_of_drafts_come_from_the_proposing_domain():
     draft = random_target(2)
     tokens = jnp.asarray(np.full((1, 256), 3, np.int32))
     drafter = draft_model(draft.config, 8, jnp.float32)
-    propose = jax.jit(drafter.propose)
+    propose, weights = jax.jit(drafter.propose), DraftWeights(draft.params)
     outcomes = set()
     for seed in range(5):
         context = Context(tokens, jnp.array([4]), state_of([RowParams(1.5)], seeds=[seed]))
-        cache = drafter.init(draft.params, 1, 256)
-        outcomes.add(tuple(jax.device_get(propose(draft.params, cache, context)[0].tokens)[0].tolist()))
+        cache = drafter.init(weights, 1, 256)
+        outcomes.add(tuple(jax.device_get(propose(weights, cache, context)[0].tokens)[0].tolist()))
     # Five sequences of 8 nearly uniform draws out of 97 tokens: odds of any two being equal are below 1e-12.
     assert len(outcomes) == 5
 
@@ -164,3 +169,53 @@ def test_an_early_exit_drafts_what_the_first_layers_would_decode():
 def test_an_early_exit_behind_the_last_layer_is_refused():
     with pytest.raises(ConfigError, match=r"assistant_early_exit=2: random-0 has 2 layers; expected fewer"):
         SpeculativeDecoder(random_target(0), SpeculativeConfig(assistant_early_exit=2))
+
+
+FEW = [3, 5, 8, 13, 21, 34, 55, 89]
+
+
+def token_map(folder, ids):
+    (folder / "token_map.json").write_text(json.dumps(ids))
+    return str(folder / "token_map.json")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_tokens_of_the_map_are_drafted_and_the_text_is_the_targets_own(tmp_path, temperature):
+    target = random_target(3)
+    config = SpeculativeConfig(
+        assistant_early_exit=1, num_speculative_tokens=3, speculative_token_map=token_map(tmp_path, FEW)
+    )
+    params = SamplingParams(max_tokens=24, temperature=temperature)
+    found = SpeculativeDecoder(target, config).generate([[5, 6, 7], [9]], params, trace=True)
+    drafts = {token for rounds in found.traces for one in rounds for token in one.drafts}
+    assert drafts and drafts <= set(FEW)
+    if not temperature:
+        assert found.token_ids == SpeculativeDecoder(target).generate([[5, 6, 7], [9]], params).token_ids
+
+
+def test_a_heads_map_is_found_beside_its_weights(tmp_path):
+    target = random_target(3)
+    config = heads.eagle(dataclasses.replace(target.config, num_layers=1, sliding_windows=(None,)), target.config.width)
+    params = network.init(config, jax.random.key(0))
+    write_head(tmp_path / "head", config, params, target.name, ["LlamaForCausalLM"], 3, None, jnp.dtype("float32"))
+    token_map(tmp_path / "head", FEW)
+    decoder = SpeculativeDecoder(target, SpeculativeConfig(model=str(tmp_path / "head")))
+    assert decoder.params.drafter.shared.head.shape == (target.config.width, len(FEW))
+    found = decoder.generate([[5, 6, 7]], SamplingParams(max_tokens=24), trace=True)
+    assert {token for one in found.traces[0] for token in one.drafts} <= set(FEW)
+    assert found.token_ids == SpeculativeDecoder(target).generate([[5, 6, 7]], SamplingParams(max_tokens=24)).token_ids
+
+
+@pytest.mark.parametrize("ids", [[], [1, 1], [97], [-1], ["a"], {"a": 1}, [True]])
+def test_a_wrong_token_map_is_refused(tmp_path, ids):
+    config = SpeculativeConfig(assistant_early_exit=1, speculative_token_map=token_map(tmp_path, ids))
+    with pytest.raises(
+        ConfigError, match=r"token_map.json': expected a list of different token ids, each from 0 to 96"
+    ):
+        SpeculativeDecoder(random_target(3), config)
+
+
+def test_a_token_map_that_is_not_there_is_refused(tmp_path):
+    config = SpeculativeConfig(assistant_early_exit=1, speculative_token_map=str(tmp_path / "nowhere.json"))
+    with pytest.raises(ConfigError, match=r"speculative_token_map=.*nowhere.json.*expected a JSON file"):
+        SpeculativeDecoder(random_target(3), config)

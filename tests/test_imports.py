@@ -13,7 +13,7 @@ from specjax.config import SamplingParams, SpeculativeConfig
 ROOT = Path(specjax.__file__).parent
 LAYERS = [
     ["errors"],
-    ["config"],
+    ["config", "processes"],
     ["metrics", "cache", "control", "sampling", "sharding", "tokenizer", "target"],
     ["heads"],
     ["checkpoints"],
@@ -24,6 +24,7 @@ LAYERS = [
     ["generate"],
     ["slots"],
     ["evaluate", "train"],
+    ["preflight"],
     ["cli"],
 ]
 """Every module may import those of earlier rows, and of its own."""

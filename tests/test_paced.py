@@ -14,7 +14,7 @@ from test_heads import random_weights
 import specjax
 from specjax import generate, pacing, step, verify
 from specjax.drafters.base import NO_DRAFT
-from specjax.drafters.draft_model import draft_model
+from specjax.drafters.draft_model import DraftWeights, draft_model
 from specjax.drafters.head import HeadWeights, head
 from specjax.drafters.hybrid import hybrid
 from specjax.drafters.ngram import ngram
@@ -41,7 +41,7 @@ EAGLE3 = heads.eagle3(LAYER, TARGET.config.width, (0, 1, 2), len(TOKEN_OF))
 MTP = heads.mtp(LAYER, TARGET.config.width, "glm4_moe", num_blocks=2)
 METHODS = {
     "ngram": (lambda num: ngram(num, 1, 2), ()),
-    "draft_model": (lambda num: draft_model(OTHER.config, num, jnp.float32, sample=False), OTHER.params),
+    "draft_model": (lambda num: draft_model(OTHER.config, num, jnp.float32, sample=False), DraftWeights(OTHER.params)),
     "mtp of 2 blocks": (lambda num: head(MTP, num, jnp.float32), weights_of(MTP)),
     "hybrid": (lambda num: hybrid(head(EAGLE3, num, jnp.float32), VOCAB, 2, 3), weights_of(EAGLE3)),
 }

@@ -20,7 +20,7 @@ from pallas_kernels.rejection_sampling import NO_DRAFT, Truncation, rejection_sa
 from specjax import SamplingParams, SpeculativeDecoder, step, verify
 from specjax.config import RejectionSamplingStrategy
 from specjax.drafters.base import Context, Proposal
-from specjax.drafters.draft_model import draft_model
+from specjax.drafters.draft_model import DraftWeights, draft_model
 from specjax.sampling import PROPOSE, ThinkingPhase, uniforms_at
 from specjax.verify import RULES, Uniforms
 
@@ -559,8 +559,9 @@ def test_an_argmax_draft_under_the_softmaxs_law_would_be_biased_by_three_tenths(
 def test_a_draft_model_claims_a_law_only_where_it_draws(sample, target):
     drafter = draft_model(target.config, 2, jnp.float32, sample=sample)
     context = Context(jnp.zeros((2, 256), jnp.int32), jnp.array([3, 4]), state_of([RowParams(), RowParams(0.0)]))
-    cache = drafter.init(target.params, 2, 256)
-    proposal, _ = jax.eval_shape(drafter.propose, target.params, cache, context)
+    weights = DraftWeights(target.params)
+    cache = drafter.init(weights, 2, 256)
+    proposal, _ = jax.eval_shape(drafter.propose, weights, cache, context)
     assert (proposal.probs is not None) == sample
 
 

@@ -20,10 +20,12 @@ IMPLEMENTATIONS = ("tpu", "gpu", "xla", "reference")
 
 
 def default_implementation(vocab_size: int) -> str:
-    """The best implementation for the platform that jax runs on and a vocabulary."""
-    if jax.default_backend() == "tpu" and vocab_size > LANES * CHUNK:
+    """The best implementation for a vocabulary and the platform of the mesh, or where none is set jax's own."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    if platform == "tpu" and vocab_size > LANES * CHUNK:
         return "xla"
-    return {"tpu": "tpu", "gpu": "gpu"}.get(jax.default_backend(), "xla")
+    return {"tpu": "tpu", "gpu": "gpu"}.get(platform, "xla")
 
 
 def rejection_sample(

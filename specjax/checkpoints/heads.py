@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from specjax.errors import CheckpointError, ConfigError
 from specjax.heads import config as heads
 from specjax.heads import network
 from specjax.heads.config import HeadConfig
+from specjax.sharding import fetch
 from specjax.target import decoder
 from specjax.target.families import ModelConfig, RopeScaling, from_hf
 
@@ -43,6 +45,10 @@ class LoadedHead(NamedTuple):
     speculator: SpeculatorModelConfig | None = None
     vocabulary: np.ndarray | None = None
     num_speculative_tokens: int | None = None
+
+
+TOKEN_MAP = "token_map.json"
+"""Beside a drafter's weights: the token ids that are worth drafting, where its output head is the target's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,7 +388,7 @@ def _own(
                 )
         if target_params is None:
             return True
-        shared = np.asarray(target_params[mine])
+        shared = fetch(target_params[mine])
         shared = shared.T if turned else shared
         return shared.shape != shape or not np.array_equal(first.astype(shared.dtype), shared)
 
@@ -565,6 +571,7 @@ def write_head(
     num_speculative_tokens: int,
     vocabulary: np.ndarray | None = None,
     dtype: Any = jnp.bfloat16,
+    token_map: np.ndarray | None = None,
 ) -> Path:
     """Writes a head in the speculators format, whole or not at all; a head that is there already is replaced.
 
@@ -575,6 +582,7 @@ def write_head(
         num_speculative_tokens: G to draft with.
         vocabulary: int32[draft_vocab_size], see LoadedHead.
         dtype: of the tensors in the file.
+        token_map: int32[V'], for TOKEN_MAP: the only tokens to be drafted by a head that has no vocabulary of its own.
 
     Returns:
         The directory.
@@ -592,12 +600,15 @@ def write_head(
         ids = np.asarray(vocabulary, np.int64)
         tensors["d2t"] = ids - np.arange(len(ids))
         tensors["t2d"] = np.isin(np.arange(head_config.layer.vocab_size), ids)
-    return _publish(directory, tensors, config)
+    return _publish(directory, tensors, config, token_map)
 
 
-def _publish(directory: Path, tensors: dict[str, np.ndarray], config: SpeculatorModelConfig) -> Path:
-    """Writes tensors and config under another name and renames them."""
-    if directory.exists() and {path.name for path in directory.iterdir()} - {"config.json", "model.safetensors"}:
+def _publish(
+    directory: Path, tensors: dict[str, np.ndarray], config: SpeculatorModelConfig, token_map: np.ndarray | None
+) -> Path:
+    """Writes tensors, config and token map under another name and renames them."""
+    ours = {"config.json", "model.safetensors", TOKEN_MAP}
+    if directory.exists() and {path.name for path in directory.iterdir()} - ours:
         raise ConfigError(f"directory={str(directory)!r}: holds other files; expected a new directory or a head's.")
     directory.parent.mkdir(parents=True, exist_ok=True)
     suffix = secrets.token_hex(8)
@@ -606,6 +617,8 @@ def _publish(directory: Path, tensors: dict[str, np.ndarray], config: Speculator
         partial.mkdir()
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
         config.save(partial)
+        if token_map is not None:
+            (partial / TOKEN_MAP).write_text(json.dumps(np.asarray(token_map).tolist()), encoding="utf-8")
         if directory.exists():
             directory.rename(old)
         partial.rename(directory)
@@ -618,9 +631,17 @@ def _publish(directory: Path, tensors: dict[str, np.ndarray], config: Speculator
 
 
 def write_draft_model(
-    directory: Path, config: ModelConfig, params: decoder.Params, target_name: str, dtype: Any = jnp.bfloat16
+    directory: Path,
+    config: ModelConfig,
+    params: decoder.Params,
+    target_name: str,
+    dtype: Any = jnp.bfloat16,
+    token_map: np.ndarray | None = None,
 ) -> Path:
     """Writes a language model with a tied head as a Hugging Face directory that names the target it drafts for.
+
+    Args:
+        token_map: int32[V'], for TOKEN_MAP: the only tokens to be drafted.
 
     Raises:
         ConfigError: a directory that holds something else.
@@ -629,7 +650,7 @@ def write_draft_model(
     speculator = _greedy_chain("independent", 4, target_name, [])
     written = speculators.IndependentSpeculatorConfig(**layer, speculators_config=speculator)
     written.dtype = jnp.dtype(dtype).name
-    return _publish(Path(directory), dict(_as_tensors(hf.model_entries(config), params, dtype)), written)
+    return _publish(Path(directory), dict(_as_tensors(hf.model_entries(config), params, dtype)), written, token_map)
 
 
 def tensors_of(

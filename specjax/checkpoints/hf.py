@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.errors import CheckpointError
+from specjax.sharding import put
 from specjax.target import decoder
 from specjax.target.families import ModelConfig
 
@@ -292,7 +293,7 @@ def read_entries(tensors: Tensors, entries: Iterable[Entry], dtype: jnp.dtype, s
             _put(params, entry.path, jnp.asarray(array, dtype))
         else:  # each device is sent its part of the converted array, and no device the whole
             where = functools.reduce(operator.getitem, entry.path, shardings)
-            _put(params, entry.path, jax.device_put(array.astype(dtype), where))
+            _put(params, entry.path, put(array.astype(dtype), where))
     return params
 
 

@@ -2,19 +2,23 @@
 
 import contextlib
 import dataclasses
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 
 from specjax.checkpoints import pretrained
-from specjax.checkpoints.heads import LoadedHead, detect_method, read_head
+from specjax.checkpoints.heads import TOKEN_MAP, LoadedHead, detect_method, read_head
 from specjax.checkpoints.load import Target, load_target
 from specjax.config import AUTO, SpeculativeConfig
 from specjax.drafters.base import Drafter
-from specjax.drafters.draft_model import draft_model
+from specjax.drafters.draft_model import DraftWeights, draft_model
 from specjax.drafters.fit import check_fit, check_shapes
 from specjax.drafters.head import HeadWeights, head
 from specjax.drafters.hybrid import hybrid
@@ -24,7 +28,7 @@ from specjax.drafters.plain import plain
 from specjax.errors import AssetError, ConfigError, DraftWarning
 from specjax.heads import network
 from specjax.heads.network import Shared
-from specjax.sharding import num_parts, placed
+from specjax.sharding import num_parts, param_shardings, placed
 
 
 def build_drafter(config: SpeculativeConfig | None, target: Target) -> tuple[Drafter, Any]:
@@ -72,16 +76,17 @@ def _ngram(config: SpeculativeConfig, target: Target) -> Method:
 
 
 def _draft_model(config: SpeculativeConfig, target: Target) -> Method:
-    draft = target
+    draft, directory = target, None
     if config.model is not None:
-        method = detect_method(pretrained.resolve(config.model, config.revision))
+        directory = pretrained.resolve(config.model, config.revision)
+        method = detect_method(directory)
         if method not in ("draft_model", "mtp"):  # a language model may carry MTP layers
             raise ConfigError(
                 f"SpeculativeConfig.method='draft_model': {config.model} is for method={method!r}; set that, or give "
                 "a language model."
             )
         draft = load_target(config.model, dtype=target.dtype, revision=config.revision)
-    return _draft_model_method(draft, target, config)
+    return _draft_model_method(draft, target, config, directory)
 
 
 def _head(config: SpeculativeConfig, target: Target) -> Method:
@@ -95,8 +100,16 @@ def _head(config: SpeculativeConfig, target: Target) -> Method:
         )
     check_shapes(loaded.config, target, name)
     _warn_of_another_verifier(loaded, target, name)
-    token_of = None if loaded.vocabulary is None else jnp.asarray(loaded.vocabulary)
-    shared = Shared(target.params["embedding"], target.params["head"])
+    ids, columns = loaded.vocabulary, target.params["head"]
+    if not loaded.config.own_head:
+        ids, columns = _drafted(config, directory, target, columns)
+    elif config.speculative_token_map is not None:
+        raise ConfigError(
+            f"SpeculativeConfig.speculative_token_map={config.speculative_token_map!r}: {name} has an output head of "
+            "its own; expected one that reads the target's. Leave the field out."
+        )
+    token_of = None if ids is None else jnp.asarray(ids)
+    shared = Shared(target.params["embedding"], columns)
     params = loaded.params
     if target.mesh is not None:
         shapes, axes = network.param_shapes(loaded.config), network.param_axes(loaded.config)
@@ -108,6 +121,34 @@ def _head(config: SpeculativeConfig, target: Target) -> Method:
     return Method(
         lambda num: head(loaded.config, num, target.dtype, sample, limit), weights, loaded.num_speculative_tokens
     )
+
+
+def _drafted(
+    config: SpeculativeConfig, directory: Path | None, target: Target, head: jax.Array
+) -> tuple[np.ndarray | None, jax.Array]:
+    """The only tokens to be drafted int32[V'] or None for all, and their columns of an output head dtype[D, V].
+
+    Raises:
+        ConfigError: the token map cannot be read, or does not list different tokens of the target.
+    """
+    path = None if directory is None else directory / TOKEN_MAP
+    if config.speculative_token_map is not None:
+        path = Path(config.speculative_token_map)
+    elif path is None or not path.is_file():
+        return None, head
+    where, V = f"SpeculativeConfig.speculative_token_map={str(path)!r}", target.config.vocab_size
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}; expected a JSON file with a list of token ids.") from error
+    whole = isinstance(ids, list) and all(type(token) is int and 0 <= token < V for token in ids)
+    if not whole or not ids or len(set(ids)) < len(ids):
+        raise ConfigError(f"{where}: expected a list of different token ids, each from 0 to {V - 1}.")
+    tokens = np.sort(np.array(ids, np.int32))
+    columns = head[:, tokens]
+    if target.mesh is not None:
+        columns = jax.device_put(columns, param_shardings(columns, PartitionSpec("width", "vocab"), target.mesh))
+    return tokens, columns
 
 
 def _whole(config: SpeculativeConfig, target: Target) -> bool:
@@ -165,10 +206,10 @@ def _hybrid(config: SpeculativeConfig, target: Target) -> Method:
 
 def draft_model_for(draft: Target, target: Target, config: SpeculativeConfig) -> tuple[Drafter, Any]:
     """The draft_model drafter from a model that is already loaded, and its weights."""
-    return _with_drafts(_draft_model_method(draft, target, config), config, target)
+    return _with_drafts(_draft_model_method(draft, target, config, None), config, target)
 
 
-def _draft_model_method(draft: Target, target: Target, config: SpeculativeConfig) -> Method:
+def _draft_model_method(draft: Target, target: Target, config: SpeculativeConfig, directory: Path | None) -> Method:
     whole = _whole(config, target)
     if draft.mesh is not target.mesh or whole:
         draft = draft.beside(target.mesh, whole)
@@ -191,7 +232,11 @@ def _draft_model_method(draft: Target, target: Target, config: SpeculativeConfig
     if limit is None and longest < target.config.max_position:
         limit = longest
     sample = config.draft_sample_method == "probabilistic"
-    return Method(lambda num: draft_model(draft.config, num, draft.dtype, sample, limit), draft.params)
+    token_of, columns = _drafted(config, directory, target, draft.params["head"])
+    weights = DraftWeights(draft.params)
+    if token_of is not None:
+        weights = DraftWeights(draft.params | {"head": columns}, jnp.asarray(token_of))
+    return Method(lambda num: draft_model(draft.config, num, draft.dtype, sample, limit), weights)
 
 
 def _checked_limit(config: SpeculativeConfig, longest: int, what: str) -> int | None:

@@ -1,12 +1,26 @@
 """A smaller target as drafter, with a cache of its own."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal, chain
-from specjax.drafters.chain import choose, proposal_uniforms
+from specjax.drafters.chain import Choice, choose, proposal_uniforms, widen
 from specjax.target import decoder
 from specjax.target.families import ModelConfig
+
+
+class DraftWeights(NamedTuple):
+    """What a draft model drafts with.
+
+    Attributes:
+        params: its weights; the head may have been cut down to the columns of some tokens.
+        token_of: int32[V'], the token of each of these columns; None where they are all.
+    """
+
+    params: Any
+    token_of: jax.Array | None = None
 
 
 def draft_model(
@@ -27,21 +41,25 @@ def draft_model(
     """
     G = num_speculative_tokens
 
-    def propose(params, cache, context: Context):
+    def pick(weights: DraftWeights, logits: jax.Array, uniforms: jax.Array, context: Context) -> Choice:
+        chosen = choose(logits, uniforms, context.sampling, sample)
+        return chosen if weights.token_of is None else widen(chosen, weights.token_of, config.vocab_size)
+
+    def propose(weights: DraftWeights, cache, context: Context):
         # After full acceptance the last draft has never been run through the draft model, so its position is run
         # again together with the last committed token. That is two rows of one pass, and never wrong.
         start = jnp.maximum(context.length - 2, 0)
         window = jnp.take_along_axis(context.tokens, start[:, None] + jnp.arange(2), axis=1)
-        out = decoder.apply(config, params, window, start, cache)
+        out = decoder.apply(config, weights.params, window, start, cache)
         last = jnp.take_along_axis(out.logits, (context.length - 1 - start)[:, None, None], axis=1)[:, 0]
         uniforms = proposal_uniforms(context.sampling, context.length, G)
-        first = choose(last, uniforms[:, 0], context.sampling, sample)
+        first = pick(weights, last, uniforms[:, 0], context)
 
         def draft_next(carry, depth):
             token, cache = carry
             position = context.length + depth
-            out = decoder.apply(config, params, token[:, None], position, cache)
-            chosen = choose(out.logits[:, 0], uniforms[:, depth + 1], context.sampling, sample)
+            out = decoder.apply(config, weights.params, token[:, None], position, cache)
+            chosen = pick(weights, out.logits[:, 0], uniforms[:, depth + 1], context)
             return (chosen[0], out.cache), chosen
 
         (_, cache), rest = jax.lax.scan(draft_next, (first[0], out.cache), jnp.arange(G - 1))
@@ -52,15 +70,15 @@ def draft_model(
             tokens = jnp.where((context.length + G <= max_model_len)[:, None], tokens, NO_DRAFT)
         return Proposal(tokens, probs, logits), cache
 
-    def prefill(params, cache, context: Context, features: Features, num_valid):
-        out = decoder.apply(config, params, features.tokens, features.start, cache, with_logits=False)
+    def prefill(weights: DraftWeights, cache, context: Context, features: Features, num_valid):
+        out = decoder.apply(config, weights.params, features.tokens, features.start, cache, with_logits=False)
         return out.cache.keep(features.start, num_valid)
 
     return Drafter(
         name="draft_model",
         parents=chain(G),
         widths=(G + 1,) if max_model_len is None else (1, G + 1),
-        init=lambda params, batch, capacity: decoder.init_cache(config, batch, capacity, dtype),
+        init=lambda weights, batch, capacity: decoder.init_cache(config, batch, capacity, dtype),
         propose=propose,
         prefill=prefill,
         lag=1,

@@ -186,9 +186,8 @@ def attend_to_cache(keys: jax.Array, values: jax.Array, start: jax.Array, slidin
     def local(
         q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        new_keys, new_values = kv.write(keys, k, start), kv.write(values, v, start)
-        mixed = layers.attend(q, new_keys, new_values, start, sliding_window)
-        return mixed.reshape(*mixed.shape[:2], *q.shape[2:]), new_keys, new_values
+        mixed, keys, values = layers.write_and_attend(q, k, v, keys, values, start, sliding_window)
+        return mixed.reshape(q.shape), keys, values
 
     heads, entries = ("batch", None, "kv_heads", "queries", None), ("batch", None, "kv_heads", None)
     inputs = heads, entries, entries, CACHE, CACHE, ("batch",)

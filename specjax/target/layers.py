@@ -2,15 +2,18 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import attention
+from pallas_kernels.platforms import on_tpu_or_elsewhere
 from specjax import cache as kv
 from specjax.target.families import ModelConfig
 
-HIDDEN = -1e30
+HIDDEN = attention.HIDDEN
 """Logit of a slot that a query may not see; finite, so that a fully hidden block stays free of NaN."""
 
 
@@ -98,78 +101,61 @@ def rotate(x: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attend(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array, sliding_window: int | None
-) -> jax.Array:
-    """Attention of a window over the cache that already holds it, block by block with an online softmax (1805.02867).
-
-    Only blocks that some row can see are read: the trip count follows the longest live context, not the capacity.
-
-    Args:
-        queries: dtype[B, T, K, N / K, H], already scaled by 1 / sqrt(H).
-        keys, values: dtype[B, K, S, H].
-        start: int32[B], position of the window's first query.
-        sliding_window: None, or how many positions back a query sees.
-
-    Returns:
-        dtype[B, T, N * H].
-    """
-    rows, num = queries.shape[:2]
-    size, few = kv.cpu_block(rows, num), num <= kv.FEW_QUERIES
-    on_cpu = functools.partial(_attend, sliding_window=sliding_window, size=size, keys_first=few)
-    elsewhere = functools.partial(_attend, sliding_window=sliding_window, size=kv.BLOCK, keys_first=False)
-    attended: jax.Array = jax.lax.platform_dependent(queries, keys, values, start, cpu=on_cpu, default=elsewhere)
-    return attended
-
-
-def _attend(
+def write_and_attend(
     queries: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
     keys: jax.Array,
     values: jax.Array,
     start: jax.Array,
     sliding_window: int | None,
-    size: int,
-    keys_first: bool,
-) -> jax.Array:
-    """See attend.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Writes a window's entries into one layer's cache and attends to it.
+
+    What is compiled for a TPU does both in one kernel, for windows that are short enough for it.
 
     Args:
-        size: positions of a block.
-        keys_first: turn the product of queries and keys around, and keep the compiler from turning it back: with few
-            queries XLA on CPU runs that three times faster.
+        queries: dtype[B, T, K, N / K, H], already scaled by 1 / sqrt(H).
+        k, v: dtype[B, T, K, H].
+        keys, values: dtype[B, K, S, H].
+        start: int32[B], position of the window's first token.
+        sliding_window: None, or how many positions back a query sees.
+
+    Returns:
+        dtype[B, T, N * H], and keys and values with the entries.
     """
     B, T, K, Q, H = queries.shape
-    positions = start[:, None] + jnp.arange(T)
-    stacked = queries.transpose(0, 2, 3, 1, 4).reshape(B, K, Q * T, H)
 
-    def block(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        peak, total, mixed = carry
-        offset = index * size
-        block_keys = jax.lax.dynamic_slice_in_dim(keys, offset, size, axis=2)
-        block_values = jax.lax.dynamic_slice_in_dim(values, offset, size, axis=2)
-        if keys_first:
-            logits = jnp.einsum("bksh,bkqh->bksq", block_keys, stacked, preferred_element_type=jnp.float32)
-            logits = jax.lax.optimization_barrier(logits).swapaxes(2, 3)
-        else:
-            logits = jnp.einsum("bkqh,bksh->bkqs", stacked, block_keys, preferred_element_type=jnp.float32)
-        mask = kv.visible(positions, offset + jnp.arange(size), sliding_window)
-        mask = jnp.broadcast_to(mask[:, None, None], (B, 1, Q, T, size)).reshape(B, 1, Q * T, size)
-        logits = jnp.where(mask, logits, HIDDEN)
-        new_peak = jnp.maximum(peak, logits.max(axis=-1))
-        # A block that a query sees nothing of weighs exp(0) each until the first visible slot, whose decay is then 0.
-        weights = jnp.exp(logits - new_peak[..., None])
-        decay = jnp.exp(peak - new_peak)
-        update = jnp.einsum(
-            "bkqs,bksh->bkqh", weights.astype(values.dtype), block_values, preferred_element_type=jnp.float32
-        )
-        return new_peak, total * decay + weights.sum(axis=-1), mixed * decay[..., None] + update
+    def apart(queries: Any, k: Any, v: Any, keys: Any, values: Any, start: Any) -> tuple[Any, Any, Any]:
+        keys, values = kv.write(keys, k, start), kv.write(values, v, start)
+        return attend(queries, keys, values, start, sliding_window), keys, values
 
-    first = 0 if sliding_window is None else jnp.maximum(jnp.min(start) - sliding_window + 1, 0) // size
-    last = (jnp.max(start) + T + size - 1) // size
-    empty = jnp.full((B, K, Q * T), HIDDEN), jnp.zeros((B, K, Q * T)), jnp.zeros((B, K, Q * T, H))
-    _, total, mixed = jax.lax.fori_loop(first, last, block, empty)
-    out = (mixed / total[..., None]).astype(queries.dtype)
-    return out.reshape(B, K, Q, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, K * Q * H)
+    def together(*arrays: Any) -> tuple[Any, Any, Any]:
+        mixed, keys, values = attention.write_and_attend(*arrays, sliding_window=sliding_window, implementation="tpu")
+        return mixed.reshape(B, T, K * Q * H), keys, values
+
+    arrays = queries, k, v, keys, values, start
+    if not attention.suits(queries, keys):
+        return apart(*arrays)
+    like = jax.ShapeDtypeStruct((B, T, K * Q * H), queries.dtype), keys, values
+    mixed, keys, values = on_tpu_or_elsewhere(together, apart, like, *arrays)
+    return mixed, keys, values
+
+
+def attend(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array, sliding_window: int | None
+) -> jax.Array:
+    """Attention of a window over the cache that already holds it, in jax.numpy. Arguments as above.
+
+    Returns:
+        dtype[B, T, N * H].
+    """
+    B, T, K, Q, H = queries.shape
+    in_blocks = functools.partial(attention.attention, sliding_window=sliding_window, implementation="xla")
+    on_cpu = functools.partial(in_blocks, size=kv.cpu_block(B, T), keys_first=T <= kv.FEW_QUERIES)
+    elsewhere = functools.partial(in_blocks, size=kv.BLOCK)
+    attended: jax.Array = jax.lax.platform_dependent(queries, keys, values, start, cpu=on_cpu, default=elsewhere)
+    return attended.reshape(B, T, K * Q * H)
 
 
 def attend_within(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:

@@ -41,7 +41,7 @@ def export(
         ConfigError: no head, no target, or a head that the format cannot express.
         CheckpointError: the checkpoint cannot be read.
     """
-    folder = Path(source)
+    folder, token_map = Path(source), None
     trained = next((path for path in (folder, folder / "head") if (path / "head.json").is_file()), None)
     if trained is not None:
         summary = trained.parent / "summary.json"
@@ -50,7 +50,9 @@ def export(
         _require_target(target)
         config, params, vocabulary = read_trained(trained)
         if isinstance(config, ModelConfig):
-            return write_draft_model(Path(out), config, params, _public_name(target), jnp.dtype(dtype))
+            return write_draft_model(Path(out), config, params, _public_name(target), jnp.dtype(dtype), vocabulary)
+        if not config.reduced:
+            vocabulary, token_map = None, vocabulary
     else:
         _require_target(target)
         loaded = read_head(pretrained.resolve(source), load_target(target).config, np.dtype("float32"))
@@ -59,7 +61,7 @@ def export(
     architectures = hf.read_config(pretrained.resolve(target)).get("architectures") or ["LlamaForCausalLM"]
     drafts = num_speculative_tokens or 4
     return write_head(
-        Path(out), config, params, _public_name(target), architectures, drafts, vocabulary, jnp.dtype(dtype)
+        Path(out), config, params, _public_name(target), architectures, drafts, vocabulary, jnp.dtype(dtype), token_map
     )
 
 
@@ -75,7 +77,7 @@ def _require_target(target: str) -> None:
 
 
 def read_trained(folder: Path) -> tuple[HeadConfig | ModelConfig, network.Params, np.ndarray | None]:
-    """What trainer.write_head wrote: the head or draft model, its weights and its vocabulary.
+    """What trainer.write_head wrote: the head or draft model, its weights and the tokens that it learnt, None for all.
 
     Raises:
         ConfigError: head.json or the weights are not there or do not fit each other.
@@ -94,6 +96,6 @@ def read_trained(folder: Path) -> tuple[HeadConfig | ModelConfig, network.Params
         raise ConfigError(f"{folder / 'head.json'}: {error}; expected what `specjax train` writes.") from error
     params = restore_params(folder, student.param_shapes(), SingleDeviceSharding(jax.devices()[0]))
     if isinstance(student, DraftModelStudent):
-        return model, params | {"head": params["embedding"].T}, None
+        params = params | {"head": params["embedding"].T}
     path = folder / "vocabulary.npy"
     return student.config, params, np.load(path) if path.is_file() else None

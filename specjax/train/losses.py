@@ -101,6 +101,7 @@ def loss_fn(
     rank = jnp.full(config.layer.vocab_size, -1, jnp.int32).at[frozen.kept].set(jnp.arange(frozen.kept.size))
     best = rank[batch.best]
     attention = _causal(batch)
+    dtype = jax.tree.leaves(params)[0].dtype
 
     features = batch.taps if config.taps else batch.final[:, :, None]
     if key is not None and settings.feature_noise:
@@ -114,7 +115,7 @@ def loss_fn(
     for step in range(num_unrolled):
         block, lap = step % config.num_blocks, step // config.num_blocks
         earlier = memories.setdefault(block, [[] for _ in range(config.layer.num_layers)])
-        attends = [_attend_to_chain(attention, layer) for layer in earlier]
+        attends = [_attend_to_chain(attention, layer, dtype) for layer in earlier]
         tokens = _shift(batch.tokens, 1 + step)
         output = network.run(config, params, frozen.shared, tokens, feature, batch.positions + lap, attends, block)
         for layer, memory in zip(earlier, output.memories, strict=True):
@@ -132,7 +133,7 @@ def loss_fn(
         if settings.feature_weight:
             error = _smooth_l1(output.recycled, _shift(batch.final, 1 + step))
             loss += settings.feature_weight * _mean(error, _weights(batch, 1 + step, settings.prompt_weight))
-        correct = jnp.argmax(logits, axis=-1) == label
+        correct = _is_best(logits, label)
         chain &= correct
         survived += _mean(chain, _weights(batch, 1 + num_unrolled, 0.0))
         losses.append(loss)
@@ -170,7 +171,7 @@ def draft_model_loss(
     distance, acceptance = _distance(settings.kind, teacher, jax.nn.log_softmax(logits))
     loss = settings.token_weight * _mean(distance, _weights(batch, 1, settings.prompt_weight) * (label >= 0))
     counted = _weights(batch, 1, 0.0)
-    accuracy = _mean(jnp.argmax(logits, axis=-1) == label, counted)
+    accuracy = _mean(_is_best(logits, label), counted)
     metrics = {
         "accuracy": accuracy[None],
         "acceptance": _mean(acceptance, counted)[None],
@@ -178,6 +179,12 @@ def draft_model_loss(
         "loss_by_step": loss[None],
     }
     return loss, jax.lax.stop_gradient(metrics)
+
+
+def _is_best(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """Whether no token has a larger logit than the label (-1: none), bool[R, T]; faster than argmax on CPUs."""
+    own = jnp.take_along_axis(logits, jnp.maximum(label, 0)[..., None], axis=-1)[..., 0]
+    return (label >= 0) & (own >= logits.max(axis=-1))
 
 
 def _shift(x: jax.Array, by: int) -> jax.Array:
@@ -201,15 +208,18 @@ def _causal(batch: Any) -> jax.Array:
     return same & (batch.positions[:, :, None] >= batch.positions[:, None, :])
 
 
-def _attend_to_chain(mask: jax.Array, earlier: list[Any]) -> Attend:
+def _attend_to_chain(mask: jax.Array, earlier: list[Any], dtype: Any) -> Attend:
     """Attention to a block's first pass up to t, and to its later passes at t only.
 
     Args:
         mask: bool[R, T, T] for the first pass.
         earlier: keys and values of earlier passes, each dtype[R, T, K, H].
+        dtype: of what is multiplied.
     """
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+        out_dtype = q.dtype
+        q, k, v = (x.astype(dtype) for x in (q, k, v))
         passes = [*earlier, (k, v)]
         (first_keys, first_values), own = passes[0], passes[1:]
         logits = jnp.einsum("btkqh,bskh->bkqts", q, first_keys, preferred_element_type=jnp.float32)
@@ -224,7 +234,7 @@ def _attend_to_chain(mask: jax.Array, earlier: list[Any]) -> Attend:
         if own:
             values = jnp.stack([values for _, values in own], axis=3)
             mixed += jnp.einsum("bkqtp,btkph->btkqh", weights[..., num:], values, preferred_element_type=jnp.float32)
-        return mixed.reshape(*mixed.shape[:2], -1).astype(q.dtype), (k, v)
+        return mixed.reshape(*mixed.shape[:2], -1).astype(out_dtype), (k, v)
 
     return attend
 

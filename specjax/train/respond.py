@@ -9,14 +9,19 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from specjax import processes
 from specjax.checkpoints.load import Target, load_target
 from specjax.errors import ConfigError, SpecJAXError
 from specjax.evaluate.files import plain_dict, prepare_workdir, write_json
 from specjax.evaluate.prompts import load_prompts
 from specjax.generate import SpeculativeDecoder
+from specjax.sharding import read_mesh
 from specjax.train import responses
 
 FILE = "responses.jsonl"
+CONFIG = "responses.config.json"
+FILES = FILE, CONFIG
+"""What a run goes on from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,7 @@ class RespondConfig:
 def respond(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any = None) -> dict[str, Any]:
     """Answers the prompts of a config (see configs/respond_smollm2.py) into workdir/responses.jsonl.
 
-    The same command again goes on where it stopped.
+    The same command again goes on where it stopped. Several processes answer together; process 0 writes.
 
     Args:
         progress: called with (done, total, description) after each answer.
@@ -61,14 +66,18 @@ def respond(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any =
     Raises:
         SpecJAXError: a bad config or an unwritable workdir.
     """
-    prepare_workdir(Path(workdir))
     fields = plain_dict(config)
-    name, dtype = fields.pop("target", ""), fields.pop("dtype", "") or None
+    processes.join(fields.pop("distributed", None))
+    processes.same_everywhere(fields, "config")
+    name, dtype, mesh = fields.pop("target", ""), fields.pop("dtype", "") or None, read_mesh(fields.pop("mesh", None))
     if not name:
         raise ConfigError("target='': expected the model that answers, such as 'smollm2-135m-instruct'.")
     settings = respond_config(fields)
-    target = load_target(name, dtype=dtype)
-    return answer(settings, target, Path(workdir) / FILE, progress)
+    with processes.own_folder(Path(workdir), FILES) as folder:
+        prepare_workdir(folder)
+        counts = answer(settings, load_target(name, dtype=dtype, mesh=mesh), folder / FILE, progress)
+        processes.barrier("the end")
+    return counts
 
 
 def respond_config(fields: dict[str, Any]) -> RespondConfig:
@@ -92,7 +101,7 @@ def answer(settings: RespondConfig, target: Target, path: Path, progress: Any = 
         raise ConfigError("prompts='': expected the path of a JSONL file of prompts to answer.")
     if target.tokenizer is None:
         raise ConfigError(f"target={target.name!r}: has no tokenizer, which prompts need; add its tokenizer files.")
-    _check_same_answers(path.with_suffix(".config.json"), settings, target)
+    _check_same_answers(path.with_name(CONFIG), settings, target)
     prompts = load_prompts(settings.prompts, settings.num_prompts)
     known = len(responses.read(path)) if path.is_file() else 0
     total, num_tokens, began = sum(len(prompt.turns) for prompt in prompts), 0, time.perf_counter()

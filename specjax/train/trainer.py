@@ -20,23 +20,26 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from ml_collections import ConfigDict
 
+from specjax import processes
 from specjax.checkpoints.load import Target, load_target
 from specjax.errors import ConfigError, SpecJAXError
 from specjax.evaluate.environment import device_name
 from specjax.evaluate.files import plain_dict, prepare_workdir, write_json, write_text
 from specjax.evaluate.prompts import load_prompts
 from specjax.generate import enable_compilation_cache
+from specjax.sharding import put
 from specjax.train import data, features, losses, responses
 from specjax.train.respond import FILE, RespondConfig, answer, respond_config
 from specjax.train.students import Student, student_for
 
 FEATURES = ("cache", "on_the_fly")
 SCHEDULES = ("cosine", "linear", "constant")
-MAY_CHANGE = ("log_every", "checkpoint_every", "eval_every", "eval_batches", "mesh")
+MAY_CHANGE = ("log_every", "checkpoint_every", "eval_every", "eval_batches", "mesh", "distributed")
 """Fields that a resumed run may have other values of: they don't change what is learnt."""
-MUON_MOMENTUM = 0.95
-MATRICES = {"qkv": ((0,), (2, 3)), "gate_up": ((0,), (2,)), "out": ((0, 1, 2), (3,))}
-"""Axes of a weight that its matrices read and give, where not the first and all others."""
+MUON_MOMENTUM, NEWTON_SCHULZ = 0.95, (3.4445, -4.775, 2.0315)
+MATRICES = {"qkv": (1, 1), "gate_up": (1, 1), "out": (0, 3)}
+"""Weights that are not one matrix from their first axis to the others: axes that count matrices, and axes read. Those
+that count (a KV head's projections, gate and up) stand behind those that are read, and the rest is what is written."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,7 @@ class TrainConfig:
     eval_batches: int = 8
     seed: int = 0
     mesh: int = 1
+    distributed: processes.Distributed = dataclasses.field(default_factory=processes.Distributed)
 
     def __post_init__(self) -> None:
         for field in ("steps", "log_every", "checkpoint_every", "eval_every", "mesh"):
@@ -162,6 +166,7 @@ class TrainConfig:
         for name, kind in nested.items():
             if name in fields:
                 fields[name] = _filled(kind, fields[name], f"{name}.")
+        fields["distributed"] = processes.Distributed.from_config(fields.get("distributed"))
         if "respond" in fields:
             fields["respond"] = respond_config(fields["respond"])
         if "unroll" in fields:
@@ -222,31 +227,42 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> tuple[optax.GradientT
 
 
 def _muon(config: OptimizerConfig, learning_rate: Any) -> optax.GradientTransformation:
-    """Momentum made orthogonal; its products are bfloat16, as is usual for them."""
+    """Momentum whose every matrix is made orthogonal. See MATRICES for what a weight's matrices are."""
 
-    def cast(dtype: Any) -> optax.GradientTransformation:
-        return optax.stateless(lambda updates, _: optax.tree.cast(updates, dtype))
-
-    def scaled(updates: Any, params: Any) -> Any:
-        def scale(update: jax.Array, axes: Any) -> jax.Array:
-            sides = [_extent(update, side) for side in (axes.reduction_axis, axes.output_axis)]
-            return update * config.muon_rms * math.sqrt(max(sides))
-
-        return jax.tree.map(scale, updates, _matrix_axes(updates))
+    def step(path: Any, momentum: jax.Array) -> jax.Array:
+        num_groups, reads = MATRICES.get(path[-1].key, (0, 1))
+        order = [*range(reads, reads + num_groups), *range(reads), *range(reads + num_groups, momentum.ndim)]
+        grouped = momentum.transpose(order)
+        matrices = grouped.reshape(math.prod(grouped.shape[:num_groups]), math.prod(momentum.shape[:reads]), -1)
+        scaled = config.muon_rms * math.sqrt(max(matrices.shape[1:])) * orthogonalized(matrices)
+        return scaled.reshape(grouped.shape).transpose(np.argsort(order).tolist())
 
     return optax.chain(
         optax.trace(MUON_MOMENTUM, nesterov=True),
-        cast(jnp.bfloat16),
-        optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=_matrix_axes),
-        cast(jnp.float32),
-        optax.stateless(scaled),
+        optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(step, updates)),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-def _extent(array: jax.Array, axes: tuple[int, ...]) -> int:
-    return math.prod(array.shape[axis] for axis in axes)
+def orthogonalized(matrices: jax.Array) -> jax.Array:
+    """About U V^T of each U S V^T, by five quintic Newton-Schulz iterations (Jordan et al. 2024), float32[N, a, b].
+
+    Products read bfloat16 and add up in float32, which CPUs with AMX do four times faster than what optax's asks for.
+    """
+    if matrices.shape[1] > matrices.shape[2]:
+        return orthogonalized(matrices.swapaxes(1, 2)).swapaxes(1, 2)
+
+    def product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
+        return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+    x = matrices / (jnp.linalg.norm(matrices, axis=(1, 2), keepdims=True) + 1e-8)
+    for _ in range(5):
+        a, b, c = NEWTON_SCHULZ
+        gram = product("nij,nkj->nik", x, x)
+        x = a * x + product("nij,njk->nik", b * gram + c * product("nij,njk->nik", gram, gram), x)
+    return x
 
 
 def _optimizers(params: Any) -> Any:
@@ -258,20 +274,13 @@ def _optimizers(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(chosen, params)
 
 
-def _matrix_axes(params: Any) -> Any:
-    """Which axes of a weight make a matrix; further ones count its matrices: of gate and up, of each key's queries."""
-
-    def axes(path: Any, weight: jax.Array) -> Any:
-        found = MATRICES.get(path[-1].key, ((0,), tuple(range(1, weight.ndim))))
-        return optax.contrib.MuonDimensionNumbers(*found)
-
-    return jax.tree_util.tree_map_with_path(axes, params)
-
-
 def train(config: TrainConfig, workdir: str | os.PathLike[str], progress: Any = None) -> dict[str, Any]:
     """Trains a head; workdir then holds head/, summary.json, metrics.jsonl, tensorboard/ and checkpoints/.
 
     The same command again goes on where it stopped, with the batches and numbers of a run that never did.
+
+    Several processes (config.distributed) share the rows of a batch, and need a workdir that all of them see; process 0
+    prepares the data, and writes all but its parts of the checkpoints.
 
     Args:
         progress: called with (done, total, description).
@@ -282,6 +291,9 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], progress: Any = 
     Raises:
         SpecJAXError: bad input, a workdir of another run, or a loss that is not finite.
     """
+    processes.join(config.distributed)
+    fields = dataclasses.asdict(config)
+    processes.same_everywhere({name: value for name, value in fields.items() if name != "distributed"}, "config")
     workdir = Path(workdir).absolute()
     prepare_workdir(workdir)
     _check_same_run(workdir / "config.json", config)
@@ -292,7 +304,8 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], progress: Any = 
     store = _open_store(config, target, student, found, workdir, progress)
     trainer = Trainer(config, workdir, target, student, store)
     # Not before: a run that was refused leaves the folder free for a corrected one.
-    write_json(workdir / "config.json", dataclasses.asdict(config))
+    if processes.is_writer():
+        write_json(workdir / "config.json", fields)
     return trainer.run(progress)
 
 
@@ -302,16 +315,17 @@ class Trainer:
     def __init__(self, config: TrainConfig, workdir: Path, target: Target, student: Student, store: data.Store):
         if config.mesh > len(jax.devices()):
             raise ConfigError(f"mesh={config.mesh}: expected at most {len(jax.devices())}, the devices there are.")
+        if jax.process_count() > 1 and config.mesh < len(jax.devices()):
+            raise ConfigError(f"mesh={config.mesh}: expected {len(jax.devices())}, the devices of all processes.")
         size, vocab_size = student.draft_vocab_size, target.config.vocab_size
         if not 1 <= size <= vocab_size:
             raise ConfigError(f"head.draft_vocab_size={size}: expected 1 to {vocab_size}, the target's vocabulary.")
         self.config, self.workdir, self.student = config, workdir, student
-        self.reduced = size < vocab_size
         trained, held_out = data.split(store.names, config.data.held_out_every)
         counts = data.count_tokens(store, trained, target.config.vocab_size)
         if not counts.sum():
             raise ConfigError("responses: hold no token to learn from; expected answers of the target.")
-        size = student.draft_vocab_size if self.reduced else config.loss_vocab_size
+        size = size if size < vocab_size else config.loss_vocab_size
         self.vocabulary = _inherited_vocabulary(config.init_from, student) if config.init_from else None
         if self.vocabulary is None and size:
             self.vocabulary = data.choose_vocabulary(counts, size)
@@ -332,13 +346,12 @@ class Trainer:
         self.compute_dtype = jnp.dtype(config.compute_dtype)
         kept = np.arange(target.config.vocab_size, dtype=np.int32) if self.vocabulary is None else self.vocabulary
         frozen = losses.freeze(target.params, jnp.asarray(kept), self.compute_dtype)
-        self.frozen = jax.device_put(frozen, self.replicated)
-        # Validation asks what decoding will see: every token that the student can propose, and the target's whole law.
-        proposed = kept if self.reduced else np.arange(vocab_size, dtype=np.int32)
-        seen = losses.freeze(target.params, jnp.asarray(proposed), self.compute_dtype, whole=True)
-        self.frozen_to_validate = jax.device_put(seen, self.replicated)
+        self.frozen = _put_all(frozen, self.replicated)
+        # Validation asks what decoding will see: the tokens that will be drafted, and the target's whole law.
+        seen = losses.freeze(target.params, jnp.asarray(kept), self.compute_dtype, whole=True)
+        self.frozen_to_validate = _put_all(seen, self.replicated)
         on_the_fly = config.features == "on_the_fly"
-        self.target_params = jax.device_put(target.params, self.replicated) if on_the_fly else None
+        self.target_params = _put_all(target.params, self.replicated) if on_the_fly else None
         self.target_config = target.config
         self.begin_with = {name: target.params[name] for name in ("embedding", "head", "final_norm")}, frozen.kept
         self.programs: dict[int, Any] = {}
@@ -356,14 +369,15 @@ class Trainer:
             state = self._restore_or_init(manager)
             step = int(state.step)
             log = MetricsLog(self.workdir / "metrics.jsonl", step)
-            board = SummaryWriter(str(self.workdir / "tensorboard"), purge_step=step + 1)
+            folder = str(self.workdir / "tensorboard")
+            board = SummaryWriter(folder, purge_step=step + 1, write_to_disk=processes.is_writer())
             pending: list[Any] = []
             began, tokens_before = time.perf_counter(), self.num_tokens
             while step < config.steps:
                 batch = next(self.batches)
                 self.num_tokens += int(np.count_nonzero(batch.segments))
                 num_unrolled = config.num_unrolled(step)
-                batch = jax.device_put(batch, self.by_row)
+                batch = _put_all(batch, self.by_row)
                 program, compile_seconds = self._program(state, batch, num_unrolled)
                 began += compile_seconds
                 state, metrics = program(state, batch, self.frozen, self.target_params)
@@ -394,7 +408,8 @@ class Trainer:
         shapes = jax.eval_shape(self._init, *self.begin_with)
         latest = manager.latest_step()
         if latest is None:
-            state = jax.jit(self._init, out_shardings=self.replicated)(*self.begin_with)
+            begin_with = _put_all(self.begin_with, self.replicated)
+            state = jax.jit(self._init, out_shardings=self.replicated)(*begin_with)
             if self.config.init_from:
                 params = restore_params(self.config.init_from, shapes.params, self.replicated, "init_from")
                 state = state._replace(params=params)
@@ -473,8 +488,8 @@ class Trainer:
                 value, metrics = self.student.loss(self.config.loss, params, frozen, batch, num_unrolled)
                 return {"loss": value} | metrics
 
-            self.programs[-1] = jax.jit(evaluate)
-        batches = (jax.device_put(batch, self.by_row) for batch in self.held_out)
+            self.programs[-1] = jax.jit(evaluate, out_shardings=self.replicated)
+        batches = (_put_all(batch, self.by_row) for batch in self.held_out)
         found = [self.programs[-1](params, batch, self.frozen_to_validate, self.target_params) for batch in batches]
         return _means(jax.device_get(found))
 
@@ -498,8 +513,7 @@ class Trainer:
         )
 
     def _finish(self, state: TrainState, log: "MetricsLog") -> dict[str, Any]:
-        vocabulary = self.vocabulary if self.reduced else None
-        write_head(self.workdir / "head", self.student.fields(), state.params, vocabulary)
+        write_head(self.workdir / "head", self.student.fields(), state.params, self.vocabulary)
         last = log.lines[-1]
         validated = [line["validation"] for line in log.lines if "validation" in line]
         summary = {
@@ -516,12 +530,13 @@ class Trainer:
             "final": {k: v for k, v in last.items() if k != "validation"},
             "validation": validated[-1] if validated else None,
         }
-        write_json(self.workdir / "summary.json", summary)
+        if processes.is_writer():
+            write_json(self.workdir / "summary.json", summary)
         return summary
 
 
 class MetricsLog:
-    """metrics.jsonl: one line each log_every steps, each step once, whatever was killed."""
+    """metrics.jsonl: one line each log_every steps, each step once, whatever was killed; process 0 writes it."""
 
     def __init__(self, path: Path, step: int):
         """Opens it at a step; lines beyond it, and a torn last one, are dropped."""
@@ -529,10 +544,13 @@ class MetricsLog:
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         self.lines: list[dict[str, Any]] = [line for line in lines if line["step"] <= step]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        if processes.is_writer():
+            write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def append(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
+        if not processes.is_writer():
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -560,22 +578,30 @@ def _describe(line: dict[str, Any]) -> str:
     return f"loss {line['loss']:.3f}{held_out}, accuracy {accuracy}, {line['tokens_per_second']:.0f} tokens/s"
 
 
+def _put_all(tree: Any, where: Sharding) -> Any:
+    return jax.tree.map(lambda x: put(x, where), tree)
+
+
 def _with_sharding(shapes: Any, sharding: Sharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
 def write_head(path: Path, fields: dict[str, Any], params: Any, vocabulary: np.ndarray | None) -> None:
-    """Writes a head: params/ (orbax), head.json, and vocabulary.npy where it has one of its own."""
+    """Writes a head: params/ (orbax), head.json, and vocabulary.npy, the tokens that it learnt; all processes call."""
     temporary = path.with_name(path.name + ".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    if processes.is_writer():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    processes.barrier("folder of the head")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(temporary.absolute() / "params", params)
-    write_json(temporary / "head.json", fields)
-    if vocabulary is not None:
-        np.save(temporary / "vocabulary.npy", vocabulary)
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
+    if processes.is_writer():
+        write_json(temporary / "head.json", fields)
+        if vocabulary is not None:
+            np.save(temporary / "vocabulary.npy", vocabulary)
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
+    processes.barrier("the head")
 
 
 def _digest(store: data.Store, vocabulary: np.ndarray | None) -> str:
@@ -651,7 +677,9 @@ def _training_responses(config: TrainConfig, target: Target, workdir: Path, prog
         if not found:
             raise ConfigError(f"responses={config.responses!r}: holds none; expected what `specjax respond` writes.")
     elif config.respond.prompts:
-        answer(config.respond, target, workdir / FILE, progress)
+        if processes.is_writer():
+            answer(config.respond, target, workdir / FILE, progress)
+        processes.barrier("answers")
         found = responses.read(workdir / FILE)
     if config.texts:
         if target.tokenizer is None:
@@ -687,5 +715,7 @@ def _open_store(
     if config.features == "on_the_fly":
         return features.TokenStore(found)
     directory = Path(config.features_dir) if config.features_dir else workdir / "features"
-    features.write(directory, found, target, student.taps, progress)
+    if processes.is_writer():
+        features.write(directory, found, target, student.taps, progress)
+    processes.barrier("features")
     return features.FeatureCache(directory, found, target, student.taps)

@@ -1,0 +1,1 @@
+"""What a TPU that is not there would do with a target, a drafter and a batch: compiled for it, and not run."""
