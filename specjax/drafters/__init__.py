@@ -235,7 +235,7 @@ def _draft_model_method(draft: Target, target: Target, config: SpeculativeConfig
     token_of, columns = _drafted(config, directory, target, draft.params["head"])
     weights = DraftWeights(draft.params)
     if token_of is not None:
-        weights = DraftWeights(draft.params | {"head": columns}, jnp.asarray(token_of))
+        weights = DraftWeights(draft.params, columns, jnp.asarray(token_of))
     return Method(lambda num: draft_model(draft.config, num, draft.dtype, sample, limit), weights)
 
 

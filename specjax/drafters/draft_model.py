@@ -9,17 +9,20 @@ from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal
 from specjax.drafters.chain import Choice, choose, proposal_uniforms, widen
 from specjax.target import decoder
 from specjax.target.families import ModelConfig
+from specjax.target.layers import project
 
 
 class DraftWeights(NamedTuple):
     """What a draft model drafts with.
 
     Attributes:
-        params: its weights; the head may have been cut down to the columns of some tokens.
-        token_of: int32[V'], the token of each of these columns; None where they are all.
+        params: its weights.
+        columns: dtype[D, V'], of its output head those of the only tokens to be drafted; None for all.
+        token_of: int32[V'], the token of each of these columns; None for all.
     """
 
     params: Any
+    columns: jax.Array | None = None
     token_of: jax.Array | None = None
 
 
@@ -41,8 +44,12 @@ def draft_model(
     """
     G = num_speculative_tokens
 
-    def pick(weights: DraftWeights, logits: jax.Array, uniforms: jax.Array, context: Context) -> Choice:
-        chosen = choose(logits, uniforms, context.sampling, sample)
+    def run(weights: DraftWeights, cache, tokens, start):
+        return decoder.apply(config, weights.params, tokens, start, cache, with_logits=False)
+
+    def pick(weights: DraftWeights, final: jax.Array, uniforms: jax.Array, context: Context) -> Choice:
+        head = weights.params["head"] if weights.columns is None else weights.columns
+        chosen = choose(project(final, head), uniforms, context.sampling, sample)
         return chosen if weights.token_of is None else widen(chosen, weights.token_of, config.vocab_size)
 
     def propose(weights: DraftWeights, cache, context: Context):
@@ -50,16 +57,16 @@ def draft_model(
         # again together with the last committed token. That is two rows of one pass, and never wrong.
         start = jnp.maximum(context.length - 2, 0)
         window = jnp.take_along_axis(context.tokens, start[:, None] + jnp.arange(2), axis=1)
-        out = decoder.apply(config, weights.params, window, start, cache)
-        last = jnp.take_along_axis(out.logits, (context.length - 1 - start)[:, None, None], axis=1)[:, 0]
+        out = run(weights, cache, window, start)
+        last = jnp.take_along_axis(out.final, (context.length - 1 - start)[:, None, None], axis=1)[:, 0]
         uniforms = proposal_uniforms(context.sampling, context.length, G)
         first = pick(weights, last, uniforms[:, 0], context)
 
         def draft_next(carry, depth):
             token, cache = carry
             position = context.length + depth
-            out = decoder.apply(config, weights.params, token[:, None], position, cache)
-            chosen = pick(weights, out.logits[:, 0], uniforms[:, depth + 1], context)
+            out = run(weights, cache, token[:, None], position)
+            chosen = pick(weights, out.final[:, 0], uniforms[:, depth + 1], context)
             return (chosen[0], out.cache), chosen
 
         (_, cache), rest = jax.lax.scan(draft_next, (first[0], out.cache), jnp.arange(G - 1))
@@ -71,7 +78,7 @@ def draft_model(
         return Proposal(tokens, probs, logits), cache
 
     def prefill(weights: DraftWeights, cache, context: Context, features: Features, num_valid):
-        out = decoder.apply(config, weights.params, features.tokens, features.start, cache, with_logits=False)
+        out = run(weights, cache, features.tokens, features.start)
         return out.cache.keep(features.start, num_valid)
 
     return Drafter(
