@@ -8,12 +8,16 @@ Expected:  tokens a round: block 1.72, residual 1.67, typical-acceptance 1.38. N
 
 from ml_collections import ConfigDict
 
+from specjax.configs import eval_smollm2
+
 
 def get_config() -> ConfigDict:
     """See the module's docstring; configs/eval_smollm2.py comments on the fields."""
     config = ConfigDict()
     config.target = "smollm2-135m-instruct"
     config.dtype = "float32"
+    config.mesh = ConfigDict({"data": 1, "model": 1})
+    config.distributed = eval_smollm2.get_config().distributed
     config.prompts = "built_in"
     config.chat = True
     config.num_prompts = 0

@@ -5,7 +5,7 @@ Minutes:   5 on two cores, an estimate (--config.num_prompts=2 --config.repeats=
 Expected:  ngram 1.2 to 1.3 times plain decoding at 1.5 tokens a round, identical 12, mismatch 0.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
@@ -15,6 +15,22 @@ def get_config() -> ConfigDict:
     config.target = "smollm2-135m-instruct"
     # float32, bfloat16 or float16; empty for float32 on CPU and bfloat16 on accelerators.
     config.dtype = "float32"
+    # How many devices to spread over: rows of a batch over data, weights, caches and logits over model.
+    config.mesh = ConfigDict({"data": 1, "model": 1})
+    # Several processes, each started with this same command: enabled=True joins them, and data times model is then the
+    # number of all their devices. Cloud TPU, Slurm, Open MPI and Kubernetes say the rest; elsewhere give the address
+    # "HOST:PORT" of process 0, how many there are, and to each its own process_id. After so many silent seconds a
+    # process counts as dead, and all end.
+    config.distributed = ConfigDict(
+        {
+            "enabled": False,
+            "coordinator_address": config_dict.placeholder(str),
+            "num_processes": config_dict.placeholder(int),
+            "process_id": config_dict.placeholder(int),
+            "initialization_timeout": 300,
+            "heartbeat_timeout_seconds": 30,
+        }
+    )
     # A set that comes with SpecJAX (built_in, spec_bench_odd, mt_bench_odd, humaneval_first80, gsm8k_test_100), or a
     # JSONL file of {"id", "category", "turns": [text, ...]}. Turns are answered one after the other.
     config.prompts = "built_in"

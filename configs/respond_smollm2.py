@@ -7,13 +7,17 @@ Expected:  1,500 answers, about 200,000 tokens.
 
 from ml_collections import ConfigDict
 
+from specjax.configs import eval_smollm2
+
 
 def get_config() -> ConfigDict:
     """See the module's docstring."""
     config = ConfigDict()
-    # The model that answers, and its dtype; as in eval_smollm2.py.
+    # The model that answers, its dtype, and on how many devices and processes; as in eval_smollm2.py.
     config.target = "smollm2-135m-instruct"
     config.dtype = ""
+    config.mesh = ConfigDict({"data": 1, "model": 1})
+    config.distributed = eval_smollm2.get_config().distributed
     # A JSONL file of {"id", "category", "turns": [text, ...]}; every turn is answered.
     config.prompts = "built_in_training"
     # Use only so many prompts; 0 for all.

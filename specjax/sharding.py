@@ -5,8 +5,9 @@ mesh. Compiling a program with the mesh set (`jax.set_mesh`) is enough: XLA's pa
 stay local to a device (attention over the cache, acceptance) runs under shard_map by `per_device`.
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +36,16 @@ RULES: dict[str, str | tuple[str, ...]] = {
 
 CACHE = ("batch", "kv_heads", None, None)
 LOGITS = ("batch", None, "vocab")
+
+
+def read_mesh(fields: Mapping[str, Any] | None) -> MeshConfig | None:
+    """The mesh field of a config; None for one device of one process, where there is nothing to spread over.
+
+    Raises:
+        ConfigError: an unknown name, or a wrong value.
+    """
+    mesh = MeshConfig.model_validate(dict(fields or {}))
+    return None if mesh.num_devices == 1 and jax.process_count() == 1 else mesh
 
 
 def make_mesh(config: MeshConfig, target: ModelConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -71,8 +82,25 @@ def make_mesh(config: MeshConfig, target: ModelConfig, devices: Sequence[Any] | 
             f"MeshConfig.model={config.model}: splits each of the target's {target.num_kv_heads} KV heads "
             f"{shape[2]} times, which its {target.queries_per_kv} queries cannot be; expected at most {heads}."
         )
+    if devices is None:
+        _check_every_process_has_part(config, found)
     grid = np.array(found[:size]).reshape(shape)
     return Mesh(grid, (DATA, KV, GROUP), axis_types=(AxisType.Auto,) * 3)
+
+
+def _check_every_process_has_part(config: MeshConfig, devices: Sequence[Any]) -> None:
+    """All processes run the same programs, so none may be left out of their mesh.
+
+    Raises:
+        ConfigError: one would be.
+    """
+    size = config.data * config.model
+    idle = {device.process_index for device in devices} - {device.process_index for device in devices[:size]}
+    if idle:
+        raise ConfigError(
+            f"MeshConfig: data={config.data} times model={config.model} takes {size} of {len(devices)} devices, of "
+            f"which process {min(idle)} has none; expected a product of {len(devices)}, all devices of all processes."
+        )
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
@@ -104,8 +132,51 @@ def param_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
 
 def placed(params: Any, shapes: Any, axes: Any, mesh: Mesh, whole: bool = False) -> Any:
     """Weights on a mesh, split by its rules, or with whole all of them on every device. shapes, axes: as above."""
-    where = NamedSharding(mesh, PartitionSpec()) if whole else param_shardings(shapes, axes, mesh)
-    return jax.device_put(params, where)
+    if whole:
+        return jax.tree.map(lambda x: put(x, NamedSharding(mesh, PartitionSpec())), params)
+    return jax.tree.map(put, params, param_shardings(shapes, axes, mesh))
+
+
+def put(array: Any, where: Any) -> jax.Array:
+    """An array at a place that may be other processes' too, each of which has the whole and sends its devices parts."""
+    if where.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+        return jax.device_put(array, where)
+    whole = np.asarray(array)
+    return jax.make_array_from_callback(whole.shape, where, lambda part: whole[part])
+
+
+def on_mesh(tree: Any, mesh: Mesh | None) -> Any:
+    """What lies nowhere in particular yet, as arrays of the host do, whole on every device of a mesh; None changes
+    nothing."""
+    if mesh is None:
+        return tree
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def placed(array: Any) -> Any:
+        there = isinstance(array, jax.ShapeDtypeStruct) or (isinstance(array, jax.Array) and array.committed)
+        return array if there else put(array, everywhere)
+
+    return jax.tree.map(placed, tree)
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays as numpy's, whole on every process; all processes ask for the same ones in the same order."""
+    leaves, structure = jax.tree.flatten(tree)
+    spread = [index for index, leaf in enumerate(leaves) if not _is_here(leaf)]
+    if spread:
+        everywhere = NamedSharding(leaves[spread[0]].sharding.mesh, PartitionSpec())
+        for index, leaf in zip(spread, _gather(everywhere)([leaves[index] for index in spread]), strict=True):
+            leaves[index] = leaf
+    return jax.device_get(jax.tree.unflatten(structure, leaves))
+
+
+def _is_here(array: Any) -> bool:
+    return not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated
+
+
+@functools.cache
+def _gather(where: NamedSharding) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    return jax.jit(lambda arrays: arrays, out_shardings=where)
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
@@ -121,6 +192,11 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
         return of(node)
 
     return jax.tree.map(part, state, is_leaf=lambda node: isinstance(node, KVCache))
+
+
+def placed_state(state: Any, mesh: Mesh | None) -> Any:
+    """A DecodeState, or its caches, where programs of a mesh have them; None changes nothing."""
+    return state if mesh is None else jax.tree.map(put, state, state_shardings(state, mesh))
 
 
 Axes = tuple[str | None, ...]

@@ -14,6 +14,7 @@ from specjax import cache as kv
 from specjax.config import SamplingParams
 from specjax.errors import ConfigError
 from specjax.generate import FINISH_REASONS, Request, SpeculativeDecoder, batch_rows, prefill_windows
+from specjax.sharding import fetch
 from specjax.step import RUNNING, DecodeState
 
 REFILL_ROWS = 8
@@ -98,7 +99,7 @@ class Completions:
             with self._timed("decode_seconds"):
                 state = programs.decode(params, state, self._rounds)
                 names = ("tokens", "length", "finish", "acceptance_counts", "num_drafted")
-                look = dict(zip(names, jax.device_get([getattr(state, name) for name in names]), strict=True))
+                look = dict(zip(names, fetch([getattr(state, name) for name in names]), strict=True))
             for row in [row for row in held if look["finish"][row] != RUNNING]:
                 request = held.pop(row)
                 output = look["tokens"][row, len(request.tokens) : look["length"][row]].tolist()

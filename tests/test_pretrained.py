@@ -10,6 +10,7 @@ import pytest
 
 from specjax.checkpoints import pretrained
 from specjax.checkpoints.pretrained import ASSETS, cache_dir, fetch_asset, resolve
+from specjax.checkpoints.speculators import SpeculatorModelConfig
 from specjax.errors import AssetError, CheckpointError
 
 NAME = "smollm2-135m-instruct"
@@ -223,3 +224,15 @@ def test_a_failing_hub_is_reported_with_advice(monkeypatch):
 def test_a_revision_of_something_local_is_refused(tmp_path):
     with pytest.raises(AssetError, match="revision='v1' applies to 'org/name'"):
         resolve(tmp_path, revision="v1")
+
+
+@pytest.mark.parametrize("name", sorted(pretrained.shipped()))
+def test_what_is_shipped_is_small_and_says_where_it_comes_from(name):
+    directory = pretrained.shipped()[name]
+    assert (directory / "model.safetensors").stat().st_size <= 15_000_000
+    config = SpeculatorModelConfig.from_pretrained(directory)
+    assert config.speculators_config.verifier.name_or_path == ASSETS[NAME].hub
+    assert pretrained.shipped_for(NAME, config.speculators_model_type) == name
+    card = (directory / "README.md").read_text(encoding="utf-8")
+    for part in ("Licence", "specjax train", "tokens/s", "roleplay"):
+        assert part in card

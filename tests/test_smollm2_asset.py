@@ -1,6 +1,7 @@
 """The real SmolLM2-135M-Instruct asset: fetched, converted, and compared with llama.cpp and transformers."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ import pytest
 from safetensors import safe_open
 
 import specjax
-from specjax.checkpoints.pretrained import ASSETS, fetch_gguf, resolve
+from specjax.checkpoints.pretrained import ASSETS, fetch_gguf, resolve, shipped
+from specjax.config import method_of
 from specjax.evaluate.oracle import compare_greedy
 from specjax.evaluate.prompts import load_prompts
 from specjax.tokenizer import encode_prompt, load_tokenizer, stop_token_ids
@@ -101,3 +103,21 @@ def test_it_knows_the_capital_of_france(smollm2_dir):
     target = specjax.load_target(smollm2_dir)
     result = specjax.SpeculativeDecoder(target).generate("What is the capital of France?")
     assert "Paris" in result.texts[0] and result.finish_reasons == ["stop"]
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_a_shipped_drafter_is_found_by_itself_and_keeps_the_text(smollm2_dir, name):
+    """Greedy text is plain decoding's, near-ties aside, and rounds commit clearly more than one token."""
+    target = specjax.load_target("smollm2-135m-instruct", dtype="float32")
+    method = method_of(name)
+    config = specjax.SpeculativeConfig(method=method, model=name if method == "draft_model" else None)
+    prompts = [prompt.text for prompt in load_prompts("built_in") if prompt.category in ("writing", "roleplay")]
+    params = specjax.SamplingParams(max_tokens=64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", specjax.DraftWarning)
+        found = specjax.SpeculativeDecoder(target, config).generate(prompts, params)
+    plain = specjax.SpeculativeDecoder(target).generate(prompts, params)
+    for prompt, ours, theirs in zip(prompts, found.token_ids, plain.token_ids, strict=True):
+        tokens = encode_prompt(target.tokenizer, prompt, chat=True)
+        assert compare_greedy(target, tokens, theirs, ours).kind in ("identical", "near_tie")
+    assert found.metrics.acceptance_length > 1.4

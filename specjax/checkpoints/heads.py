@@ -616,6 +616,7 @@ def _publish(
     try:
         partial.mkdir()
         save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+        (partial / "model.safetensors").chmod(0o644)  # safetensors lets only its writer read
         config.save(partial)
         if token_map is not None:
             (partial / TOKEN_MAP).write_text(json.dumps(np.asarray(token_map).tolist()), encoding="utf-8")

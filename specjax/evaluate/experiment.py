@@ -6,13 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
-from specjax.config import SamplingParams, SpeculativeConfig
+from specjax.config import MeshConfig, SamplingParams, SpeculativeConfig
 from specjax.errors import ConfigError
 from specjax.evaluate import environment
 from specjax.evaluate.files import plain_dict
 from specjax.evaluate.prompts import Prompt
+from specjax.sharding import read_mesh
 
 PLAIN = "plain"
 
@@ -27,6 +29,7 @@ class Experiment:
     Attributes:
         target: a named asset, a Hugging Face directory or hub id, or a GGUF file.
         dtype: of weights and cache; empty for the platform's best.
+        mesh: how many devices to spread over; None for one.
         prompts: the name of a set, or a JSONL file.
         num_prompts: use only so many; 0 for all.
         categories: use only prompts of these; none for all.
@@ -45,6 +48,7 @@ class Experiment:
 
     target: str = ""
     dtype: str = ""
+    mesh: MeshConfig | None = None
     prompts: str = ""
     num_prompts: int = 0
     categories: tuple[str, ...] = ()
@@ -82,12 +86,13 @@ class Experiment:
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "Experiment":
-        """Reads a config file's fields; those left out take their defaults.
+        """Reads a config file's fields but for `distributed`; those left out take their defaults.
 
         Raises:
             ConfigError: an unknown field, or a wrong value.
         """
         fields = plain_dict(config)
+        fields.pop("distributed", None)
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
             if name not in known:
@@ -96,6 +101,7 @@ class Experiment:
             if isinstance(fields.get(name), str):
                 raise ConfigError(f"config.{name}={fields[name]!r}: is a text; expected a tuple, such as ('a', 'b').")
             fields[name] = tuple(fields.get(name, ()))
+        fields["mesh"] = read_mesh(fields.get("mesh"))
         fields["sampling"] = SamplingParams.model_validate(fields.get("sampling", {}))
         methods = fields.get("methods", {})
         fields["methods"] = {name: SpeculativeConfig.model_validate(value) for name, value in methods.items()}
@@ -109,6 +115,7 @@ class Experiment:
     def as_json(self) -> dict[str, Any]:
         """All fields as JSON gives them back: of sampling and methods those that were set."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["mesh"] = self.mesh and self.mesh.model_dump(mode="json")
         fields["sampling"] = self.sampling.model_dump(mode="json", exclude_unset=True)
         fields["methods"] = {
             name: method.model_dump(mode="json", exclude_unset=True) for name, method in self.methods.items()
@@ -122,5 +129,6 @@ def identity(experiment: Experiment, prompts: Sequence[Prompt]) -> dict[str, Any
     return experiment.as_json() | {
         "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         "device": environment.device_name(),
+        "processes": jax.process_count() if jax.process_count() > 1 else None,
         "versions": environment.versions(),
     }

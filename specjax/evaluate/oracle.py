@@ -11,6 +11,7 @@ import numpy as np
 from specjax import cache as kv
 from specjax.checkpoints.load import Target
 from specjax.generate import prefill_windows
+from specjax.sharding import fetch, placed_state
 from specjax.target import decoder
 
 NOISE_MARGIN = 4.0
@@ -71,7 +72,7 @@ def prefilled_cache(target: Target, tokens: Sequence[int], rows: int = 1, room: 
     capacity = kv.round_capacity(max(sum(windows[-1]) if windows else 0, len(tokens) + room))
     padded = np.zeros((rows, capacity), np.int32)
     padded[:, : len(tokens)] = tokens
-    cache = decoder.init_cache(target.config, rows, capacity, target.dtype)
+    cache = placed_state(decoder.init_cache(target.config, rows, capacity, target.dtype), target.mesh)
     for start, size in windows:
         window = padded[:, start : start + size]
         cache = _forward(target.config, False)(target.params, window, row_starts(rows, start), cache).cache
@@ -89,7 +90,7 @@ def _next_logits(target: Target, context: list[int], width: int) -> np.ndarray:
     cache = prefilled_cache(target, context[:split], room=width)
     window = np.array([context[split:]], np.int32)
     out = _forward(target.config, True)(target.params, window, row_starts(1, split), cache)
-    return np.asarray(out.logits[0, -1])
+    return fetch(out.logits)[0, -1]
 
 
 @functools.cache

@@ -13,6 +13,9 @@ from specjax.errors import SpecJAXError
 from specjax.evaluate.files import prepare_workdir, write_json, write_text
 from specjax.metrics import Metrics
 
+FILES = CONFIG, RESULTS = "config.json", "results.jsonl"
+"""What a run goes on from."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -131,13 +134,13 @@ class Results:
     """
 
     def __init__(self, workdir: Path, identity: dict[str, Any], commit: str | None = None):
-        self.path = workdir / "results.jsonl"
+        self.path = workdir / RESULTS
         self.answers: dict[tuple[str, int, str, int], Answer] = {}
         self.passes: dict[tuple[int, str, int], Pass] = {}
         self.extras: dict[str, Any] = {}
         self._identity, self._commit = identity, commit
         prepare_workdir(workdir)
-        self.commits = self._check_config(workdir / "config.json")
+        self.commits = self._check_config(workdir / CONFIG)
         for line in self._complete_lines():
             self._keep(_read(line))
 
@@ -182,7 +185,7 @@ class Results:
     def _write(self, line: dict[str, Any]) -> None:
         if self._commit not in self.commits:
             self.commits.append(self._commit)
-            write_json(self.path.with_name("config.json"), self._identity | {"commits": self.commits})
+            write_json(self.path.with_name(CONFIG), self._identity | {"commits": self.commits})
         with self.path.open("ab", buffering=0) as file:  # one call, which Ctrl-C does not cut in two
             file.write((json.dumps(line) + "\n").encode())
             os.fsync(file.fileno())

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import jax
 from ml_collections import ConfigDict
 
+from specjax import processes
 from specjax.checkpoints.load import Target, load_target
 from specjax.errors import ConfigError, SpecJAXError
 from specjax.evaluate import costs, environment
@@ -19,7 +20,7 @@ from specjax.evaluate.experiment import PLAIN, Experiment, identity
 from specjax.evaluate.files import write_json
 from specjax.evaluate.prompts import Prompt, load_prompts
 from specjax.evaluate.report import write_report
-from specjax.evaluate.results import Answer, Pass, Results
+from specjax.evaluate.results import FILES, Answer, Pass, Results
 from specjax.evaluate.summary import Run, fastest, summarise
 from specjax.generate import GenerationResult, SpeculativeDecoder
 from specjax.metrics import Metrics
@@ -48,6 +49,8 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str], progress: Prog
     Prompts of several turns are answered turn by turn. The history of a turn holds plain decoding's own answers of
     repeat 0, for every method and every repeat, so that all of them decode the same prompt.
 
+    Several processes (config.distributed) measure together; process 0 writes.
+
     Args:
         config: see configs/eval_smollm2.py, which comments on every field.
         progress: called with (done, total, description) after each measurement.
@@ -58,22 +61,29 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str], progress: Prog
     Raises:
         SpecJAXError: a bad config, an unwritable workdir, or one that holds results of another experiment.
     """
+    processes.join(config.get("distributed"))
     experiment = Experiment.from_config(config)
+    _check_one_process(experiment)
     prompts = load_prompts(experiment.prompts, experiment.num_prompts, experiment.categories)
-    results = Results(Path(workdir), identity(experiment, prompts), environment.source_commit())
-    target = load_target(experiment.target, dtype=experiment.dtype or None)
-    if target.tokenizer is None:
-        raise ConfigError(f"config.target={experiment.target!r}: has no tokenizer; expected its files beside it.")
-    evaluation = _Evaluation(experiment, target, prompts, results, Path(workdir), progress)
-    try:
-        evaluation.measure()
-        evaluation.measure_extras()
-    except KeyboardInterrupt:
-        evaluation.write_summary(finished=False)
-        write_report([workdir])
-        raise
-    summary = evaluation.write_summary(finished=True)
-    write_report([workdir])
+    same = identity(experiment, prompts)
+    processes.same_everywhere(same, "config")
+    with processes.own_folder(Path(workdir), FILES) as folder:
+        results = Results(folder, same, environment.source_commit())
+        target = load_target(experiment.target, dtype=experiment.dtype or None, mesh=experiment.mesh)
+        if target.tokenizer is None:
+            raise ConfigError(f"config.target={experiment.target!r}: has no tokenizer; expected its files beside it.")
+        evaluation = _Evaluation(experiment, target, prompts, results, folder, progress)
+        try:
+            evaluation.measure()
+            evaluation.measure_extras()
+        except KeyboardInterrupt:
+            evaluation.write_summary(finished=False)
+            write_report([folder])
+            raise
+        summary = evaluation.write_summary(finished=True)
+        if processes.is_writer():
+            write_report([folder])
+        processes.barrier("the end")
     return summary
 
 
@@ -97,7 +107,7 @@ class _Evaluation:
             self.decoders[name] = SpeculativeDecoder(target, method, max_batch_size=batch)
         for decoder in self.decoders.values():
             decoder.requests([[0]], experiment.sampling)  # a parameter that fits no prompt is an error at once,
-        self.others, not_run = comparisons(experiment, target)
+        self.others, not_run = _others(experiment, target)
         self.run = Run(experiment, target, prompts, results, self.prompt_tokens, not_run)
         self.total = len(self.run.units) * experiment.repeats * len([*self.decoders, *self.others])
         self.running: dict[str, Metrics] = {}
@@ -280,7 +290,7 @@ class _Evaluation:
             total = fastest(measured, measured)
             return total.tokens_per_second if total else 0.0
 
-        name = max(self.experiment.methods, key=rate)
+        name = processes.of_first(max(self.experiment.methods, key=rate))
         first = {prompt.category: prompt for prompt in reversed(self.prompts)}
         for category in list(dict.fromkeys(prompt.category for prompt in self.prompts))[:NUM_EXAMPLES]:
             prompt = first[category]
@@ -304,6 +314,22 @@ class _Evaluation:
         return summary
 
 
+def _check_one_process(experiment: Experiment) -> None:
+    """Raises:
+    ConfigError: what is asked for is measured by one process only, and there are more.
+    """
+    for name in ("costs", "profile"):
+        if getattr(experiment, name) and jax.process_count() > 1:
+            raise ConfigError(f"config.{name}=True: is measured in one process; expected False with several of them.")
+
+
+def _others(experiment: Experiment, target: Target) -> tuple[dict[str, Generate], dict[str, str]]:
+    """See comparisons; other libraries know nothing of our processes."""
+    if jax.process_count() > 1:
+        return {}, dict.fromkeys(experiment.compare, "other libraries are compared in one process")
+    return comparisons(experiment, target)
+
+
 @contextlib.contextmanager
 def _recorded() -> Iterator[list[str]]:
     """Takes down what went wrong with one measurement, so that the run can go on."""
@@ -311,6 +337,8 @@ def _recorded() -> Iterator[list[str]]:
     try:
         yield errors
     except (SpecJAXError, jax.errors.JaxRuntimeError) as error:
+        if jax.process_count() > 1 and not isinstance(error, SpecJAXError):
+            raise  # it need not have happened in the others
         errors.append(_text(error))
 
 
