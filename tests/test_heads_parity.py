@@ -125,7 +125,7 @@ def test_eagle3_logits_equal_those_of_the_package_in_every_step(tmp_path, packag
             jnp.asarray(np.pad(tokens[step:], (0, step))[None]),
             feature,
             jnp.arange(NUM_TOKENS)[None] + step,
-            [losses._attend_to_chain(mask, layer) for layer in memories],
+            [losses._attend_to_chain(mask, layer, jnp.float32) for layer in memories],
         )
         for layer, memory in zip(memories, output.memories, strict=True):
             layer.append(memory)

@@ -163,7 +163,7 @@ def test_an_unwritable_cache_names_the_variable_to_set(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("call", [fetch_asset, resolve])
 def test_an_unknown_name_gets_the_nearest_suggested(call):
-    with pytest.raises(AssetError, match=rf"'SmolLM2-135M' .*Did you mean '{NAME}'\? Known assets: {NAME}"):
+    with pytest.raises(AssetError, match=rf"'SmolLM2-135M' .*Did you mean '{NAME}'\? Known assets: .*{NAME}"):
         call("SmolLM2-135M")
 
 

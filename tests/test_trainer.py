@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from specjax.cli import main
 from specjax.errors import ConfigError, SpecJAXError
 from specjax.train import features, trainer
+from specjax.train.export import export
 from specjax.train.responses import Response
 
 STEPS, LOG, CHECKPOINT = 12, 2, 4
@@ -27,6 +28,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[3]))
 from ml_collections import ConfigDict
 from specjax.train import features, trainer
+from specjax.train.export import export
 features.FORWARD_ROWS = 2
 
 def progress(done, total, description):
@@ -159,7 +161,11 @@ def test_heads_with_the_targets_vocabulary_train_too(folder, tmp_path, head):
     loss = {"kind": "soft_ce", "feature_weight": 1.0}
     run(folder, tmp_path, head=head, loss_vocab_size=40, loss=loss, steps=LOG, compute_dtype="bfloat16")
     assert np.isfinite(curve(tmp_path)[-1]["loss"])
-    assert not (tmp_path / "head" / "vocabulary.npy").exists()
+    learnt = np.load(tmp_path / "head" / "vocabulary.npy")
+    assert len(learnt) == 40
+    if head["method"] == "eagle":
+        exported = export(tmp_path, tmp_path / "out")
+        assert json.loads((exported / "token_map.json").read_text()) == learnt.tolist()
 
 
 def test_a_run_begins_with_the_weights_it_is_given(folder, uninterrupted, tmp_path):
