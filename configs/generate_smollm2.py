@@ -7,6 +7,8 @@ Expected:  the answer as it grows, then one line with tokens/s and acceptance.
 
 from ml_collections import ConfigDict, config_dict
 
+from specjax.configs import eval_smollm2
+
 
 def get_config() -> ConfigDict:
     """See the module's docstring."""
@@ -15,22 +17,9 @@ def get_config() -> ConfigDict:
     config.target = "smollm2-135m-instruct"
     # float32, bfloat16 or float16; empty for float32 on CPU and bfloat16 on accelerators.
     config.dtype = ""
-    # How many devices to spread over: rows of a batch over data, weights, caches and logits over model.
-    config.mesh = ConfigDict({"data": 1, "model": 1})
-    # Several processes, each started with this same command: enabled=True joins them, and data times model is then the
-    # number of all their devices. Cloud TPU, Slurm, Open MPI and Kubernetes say the rest; elsewhere give the address
-    # "HOST:PORT" of process 0, how many there are, and to each its own process_id. After so many silent seconds a
-    # process counts as dead, and all end.
-    config.distributed = ConfigDict(
-        {
-            "enabled": False,
-            "coordinator_address": config_dict.placeholder(str),
-            "num_processes": config_dict.placeholder(int),
-            "process_id": config_dict.placeholder(int),
-            "initialization_timeout": 300,
-            "heartbeat_timeout_seconds": 30,
-        }
-    )
+    # Devices to spread over, and several processes; as in eval_smollm2.py.
+    config.mesh = eval_smollm2.get_config().mesh
+    config.distributed = eval_smollm2.get_config().distributed
     # Whether the prompt goes through the model's chat template.
     config.chat = True
     # Fields of SpeculativeConfig; --config.speculative.method="" decodes plainly.

@@ -7,14 +7,12 @@ Expected:  planned in tests, not compiled yet.
 
 from ml_collections import ConfigDict
 
-from specjax.configs import preflight_llama31_8b_eagle3
+from specjax.configs import preflight_qwen3_8b_eagle3
 
 
 def get_config() -> ConfigDict:
-    """That of preflight_llama31_8b_eagle3, which explains the fields, but for the model and its head."""
-    config = preflight_llama31_8b_eagle3.get_config()
+    """That of preflight_qwen3_8b_eagle3, but for the model and the numbers of drafts."""
+    config = preflight_qwen3_8b_eagle3.get_config()
     config.model = "qwen3_32b"
-    # By the rule of the published head of Llama-3.1-8B, but as there without norms of queries and keys.
-    config.head = ConfigDict({**config.head, "qk_norm": False})
     config.drafts = (4,)
     return config

@@ -4,7 +4,11 @@ Not counted: the few bundles that call each operation, and scalar operations tha
 """
 
 import math
+import os
 import re
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,6 +147,33 @@ class Program:
         cost = kernel.cost(bisections)
         cost.cycles = max(cost.bundles, cost.bytes / chip.bytes_per_second * chip.hertz)
         return cost, False
+
+
+def compile_apart(module: str, case: str) -> Program:
+    """A case compiled for an absent chip in a process of its own, whose compiler writes out its instructions.
+
+    Args:
+        module: run as `python -m MODULE --compile CASE --output FOLDER`; it leaves the HLO in FOLDER/program.txt.
+        case: what is to be compiled, as the module reads it.
+
+    Raises:
+        RuntimeError: the process failed; with the end of what it said.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
+            "TPU_SKIP_MDS_QUERY": "1",
+            # Nothing but the compiler is used, so that others may use theirs meanwhile.
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+            f"--xla_jf_dump_llo_pass_label_regex={PASS}",
+        }
+        command = [sys.executable, "-m", module, "--compile", case, "--output", folder]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"Compiling {case} failed:\n{done.stderr[-4000:]}")
+        return Program((Path(folder) / "program.txt").read_text(), Path(folder))
 
 
 def moved(shape: str) -> int:

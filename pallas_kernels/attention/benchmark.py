@@ -17,10 +17,6 @@ Not counted: what it takes to begin an operation, of which the kernel is one and
 import argparse
 import functools
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +27,7 @@ from jax.experimental import topologies
 from pallas_kernels.attention.api import write_and_attend
 from pallas_kernels.attention.base import LANES, SUBLANES
 from pallas_kernels.attention.tpu import block_size, piece_size
-from pallas_kernels.tpu_bundles import PASS
-from pallas_kernels.tpu_cost import CHIPS, Program
+from pallas_kernels.tpu_cost import CHIPS, Program, compile_apart
 
 XLA_BLOCK = 256
 
@@ -114,21 +109,7 @@ def estimate(
 
 @functools.lru_cache(maxsize=2)
 def _compiled(case: str) -> Program:
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")])),
-            "TPU_SKIP_MDS_QUERY": "1",
-            # Nothing but the compiler is used, so that others may use theirs meanwhile.
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
-            f"--xla_jf_dump_llo_pass_label_regex={PASS}",
-        }
-        command = [sys.executable, "-m", __spec__.name, "--compile", case, "--output", folder]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"Compiling {case} failed:\n{done.stderr[-4000:]}")
-        return Program((Path(folder) / "program.txt").read_text(), Path(folder))
+    return compile_apart(__spec__.name, case)
 
 
 def _compile(case: dict[str, Any], folder: str) -> None:

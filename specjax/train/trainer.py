@@ -345,15 +345,14 @@ class Trainer:
         self.optimizer, self.learning_rate = make_optimizer(config.optimizer, config.steps)
         self.compute_dtype = jnp.dtype(config.compute_dtype)
         kept = np.arange(target.config.vocab_size, dtype=np.int32) if self.vocabulary is None else self.vocabulary
-        frozen = losses.freeze(target.params, jnp.asarray(kept), self.compute_dtype)
-        self.frozen = _put_all(frozen, self.replicated)
         # Validation asks what decoding will see: the tokens that will be drafted, and the target's whole law.
         seen = losses.freeze(target.params, jnp.asarray(kept), self.compute_dtype, whole=True)
         self.frozen_to_validate = _put_all(seen, self.replicated)
+        self.frozen = self.frozen_to_validate._replace(whole_head=None)
         on_the_fly = config.features == "on_the_fly"
         self.target_params = _put_all(target.params, self.replicated) if on_the_fly else None
         self.target_config = target.config
-        self.begin_with = {name: target.params[name] for name in ("embedding", "head", "final_norm")}, frozen.kept
+        self.begin_with = {name: target.params[name] for name in ("embedding", "head", "final_norm")}, seen.kept
         self.programs: dict[int, Any] = {}
         self.flops: dict[int, float] = {}
         self.num_tokens = 0
