@@ -75,7 +75,14 @@ DEFAULT_POSTERIOR_THRESHOLD = 0.09
 DEFAULT_POSTERIOR_ALPHA = 0.3
 """Medusa's defaults for the rule 'medusa-typical'; the second is the root of the first."""
 
-_OF_A_MODEL = ("model", "revision", "draft_tensor_parallel_size", "max_model_len", "speculative_token_map")
+_OF_A_MODEL = (
+    "model",
+    "revision",
+    "draft_tensor_parallel_size",
+    "max_model_len",
+    "speculative_token_map",
+    "draft_confidence_threshold",
+)
 
 KEY_ALIASES = {
     "speculative_method": "method",
@@ -361,6 +368,15 @@ class SpeculativeConfig(_Settings):
         expected="'greedy' or 'probabilistic' ('ngram' and 'relaxed' have only 'greedy')",
         remedy="name one of them or leave the field out",
     )
+    draft_confidence_threshold: Rate | None = _setting(
+        None,
+        "A row's drafts of a round end before the first whose probability of being reached and accepted is below this, "
+        "as the drafter sees it: the product of the largest probabilities (at temperature 1) of its laws up to there. "
+        "Rounds then draft, and the target scores, no more than is promising; num_speculative_tokens is the most. "
+        "(transformers' assistant_confidence_threshold looks at each token by itself.) Default: None, all are made.",
+        expected="a number in [0, 1], a probability",
+        remedy="0.3 to 0.5 suits heads where a wider window costs time, as on CPU; sampled drafts want less",
+    )
     prompt_lookup_min: Integer | None = _setting(
         None,
         "The shortest n-gram that is looked up, in tokens. Default: prompt_lookup_max, or 5 where neither is given. "
@@ -520,6 +536,7 @@ class SpeculativeConfig(_Settings):
         if values["method"] in ("ngram", "hybrid"):
             cls._resolve_ngram(values)
         strategy = values["rejection_sampling_strategy"]
+        cls._refuse_unsteady(values)
         if strategy == "medusa-typical":
             values.setdefault("posterior_threshold", DEFAULT_POSTERIOR_THRESHOLD)
             values.setdefault("posterior_alpha", DEFAULT_POSTERIOR_ALPHA)
@@ -583,6 +600,17 @@ class SpeculativeConfig(_Settings):
         chosen = values.setdefault("draft_sample_method", "greedy" if greedily else "probabilistic")
         if reason and chosen == "probabilistic":
             cls._refuse("draft_sample_method", chosen, f"{reason}: leave it out or give 'greedy'")
+
+    @classmethod
+    def _refuse_unsteady(cls, values: Mapping[str, Any]) -> None:
+        """Refuses draft_confidence_threshold where something else decides how many drafts a round has."""
+        name = "draft_confidence_threshold"
+        if not values.get(name):
+            return
+        if values.get("num_speculative_tokens") == AUTO:
+            cls._refuse(name, values[name], "num_speculative_tokens='auto' decides that itself: give one of the two")
+        if values["rejection_sampling_strategy"] == "synthetic":
+            cls._refuse(name, values[name], "'synthetic' is told what is accepted of a number of drafts: leave it out")
 
     @classmethod
     def _resolve_relaxed(cls, values: dict[str, Any]) -> None:

@@ -26,6 +26,20 @@ def switch_in_place(index: jax.Array, branches: Sequence[Callable[[Any], Any]], 
     return operand
 
 
+def run_if(condition: jax.Array, run: Callable[[Any], tuple[Any, Any]], carry: Any) -> tuple[Any, Any]:
+    """run(carry), or zeros and the same carry where condition, bool[], is false.
+
+    Args:
+        run: carry -> (a pytree of arrays, the new carry).
+        carry: a pytree whose large arrays are updated in place.
+    """
+    shapes, _ = jax.eval_shape(run, carry)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    branches = (lambda operand: operand, lambda operand: run(operand[1]))
+    result: tuple[Any, Any] = switch_in_place(condition.astype(jnp.int32), branches, (zeros, carry))
+    return result
+
+
 def narrowest_window(
     outputs: Callable[[int, Any], tuple[Any, Any]], widths: Sequence[int], num_needed: jax.Array, carry: Any
 ) -> tuple[Any, Any]:

@@ -137,6 +137,7 @@ def test_an_ngram_config_has_these_defaults():
         "max_model_len": None,
         "speculative_token_map": None,
         "num_speculative_tokens": 2,
+        "draft_confidence_threshold": None,
         "draft_sample_method": "greedy",
         "prompt_lookup_min": 5,
         "prompt_lookup_max": 5,
@@ -156,6 +157,7 @@ def test_a_draft_model_config_has_these_defaults():
         "max_model_len": None,
         "speculative_token_map": None,
         "num_speculative_tokens": 2,
+        "draft_confidence_threshold": None,
         "draft_sample_method": "probabilistic",
         "prompt_lookup_min": None,
         "prompt_lookup_max": None,
@@ -175,6 +177,20 @@ def test_given_values_are_kept():
         "enforce_eager": True,
     }
     assert values.items() <= draft(**values).model_dump().items()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"num_speculative_tokens": "auto"},
+        {"rejection_sampling_strategy": "synthetic", "synthetic_acceptance_rate": 0.5},
+    ],
+)
+def test_only_one_thing_decides_how_many_drafts_a_round_has(other):
+    message = refusal(draft, draft_confidence_threshold=0.4, **other)
+    assert "SpeculativeConfig.draft_confidence_threshold=0.4: expected a number in [0, 1]" in message
+    assert draft(draft_confidence_threshold=0, **other).draft_confidence_threshold == 0
+    assert draft(draft_confidence_threshold="0.4").draft_confidence_threshold == 0.4
 
 
 @pytest.mark.parametrize(
@@ -822,7 +838,7 @@ def test_the_hash_is_the_same_for_the_same_graph():
         ngram().compute_hash()
         == SpeculativeConfig(model="ngram", enforce_eager=True, prompt_lookup_min=5).compute_hash()
     )
-    assert ngram().compute_hash() == "5c13a0d13bacc2b5"  # stable between processes and machines
+    assert ngram().compute_hash() == "62ae3a4cd5509111"  # stable between processes and machines
 
 
 # Both classes

@@ -78,9 +78,9 @@ def test_ngram_rows_do_not_see_each_other():
         assert [t for t in np.asarray(together)[row].tolist() if t != NO_DRAFT] == found(text, 3, 1, 2)
 
 
-def proposal_after(draft, texts, num, sample, params, max_model_len=None):
+def proposal_after(draft, texts, num, sample, params, max_model_len=None, threshold=0.0):
     """What the draft model proposes behind texts whose prefill it has seen."""
-    drafter = draft_model(draft.config, num, jnp.float32, sample=sample, max_model_len=max_model_len)
+    drafter = draft_model(draft.config, num, jnp.float32, sample, max_model_len, threshold)
     tokens = np.zeros((len(texts), 256), np.int32)
     for row, text in enumerate(texts):
         tokens[row, : len(text)] = text
@@ -108,6 +108,18 @@ def test_greedy_rows_get_the_draft_models_own_greedy_continuation(sample):
     proposal = proposal_after(draft, texts, 3, sample, [RowParams(0.0)] * 3)
     for row, text in enumerate(texts):
         assert proposal.tokens[row].tolist() == greedy_continuation(draft, text, 3)
+
+
+def test_drafts_end_where_they_become_unlikely():
+    draft, texts = random_target(1), [[3], [5, 6], list(range(20)), [1, 2] * 5, [9, 4, 7]]
+    params = [RowParams(0.0)] * 3 + [RowParams()] * 2
+    every = proposal_after(draft, texts, 3, True, params)
+    rows = zip(texts, every.tokens.tolist(), strict=True)
+    laws = [[next_logits(draft, text + drafts[:i]) for i in range(3)] for text, drafts in rows]
+    likelihood = np.cumprod([[1 / np.exp(law - law.max()).sum() for law in row] for row in laws], axis=1)
+    threshold = float(np.sort(likelihood, axis=None)[7:9].mean())
+    some = proposal_after(draft, texts, 3, True, params, threshold=threshold)
+    np.testing.assert_array_equal(some.tokens, np.where(likelihood > threshold, every.tokens, NO_DRAFT))
 
 
 def test_sampled_drafts_record_the_distribution_that_they_were_drawn_from():

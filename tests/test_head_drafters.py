@@ -32,9 +32,9 @@ CASES = {
     "eagle": (heads.eagle(LAYER, WIDTH, joining_bias=True), 4, {"max_model_len": 32}),
     "eagle3": (heads.eagle3(TWO, WIDTH, TAPS, len(TOKEN_OF)), 3, {"sample": True}),
     "mtp": (heads.mtp(LAYER, WIDTH), 3, {}),
-    "mtp of 2 blocks": (heads.mtp(LAYER, WIDTH, "glm4_moe", num_blocks=2), 5, {}),
+    "mtp of 2 blocks": (heads.mtp(LAYER, WIDTH, "glm4_moe", num_blocks=2), 5, {"threshold": 0.1}),
     "mtp of 3 blocks": (heads.mtp(LAYER, WIDTH, "mimo", num_blocks=3), 5, {"sample": True}),
-    "hybrid": (heads.eagle(LAYER, WIDTH), 3, {"copies": (2, 3)}),
+    "hybrid": (heads.eagle(LAYER, WIDTH), 3, {"copies": (2, 3), "threshold": 0.2}),
 }
 
 LENGTHS = (1, 2, 3, 20)
@@ -54,10 +54,11 @@ def coins_or_greedy(logits, proposal, sampling, uniforms, num):
 class Decoding:
     """A head and its target: prefill in windows of 8, then rounds of the real step, each compiled once."""
 
-    def __init__(self, config, num, sample=False, max_model_len=None, copies=None):
+    def __init__(self, config, num, sample=False, max_model_len=None, copies=None, threshold=0.0):
+        self.threshold = threshold
         self.config, self.num, self.sample, self.max_model_len, self.copies = config, num, sample, max_model_len, copies
         self.token_of = TOKEN_OF if config.reduced else np.arange(VOCAB)
-        drafter = head(config, num, jnp.float32, sample=sample, max_model_len=max_model_len)
+        drafter = head(config, num, jnp.float32, sample, max_model_len, threshold)
         if copies:
             drafter = hybrid(drafter, VOCAB, *copies)
         rule = functools.partial(coins_or_greedy, num=num)
@@ -141,7 +142,7 @@ def test_every_rounds_drafts_are_those_of_a_head_that_keeps_no_cache(name):
     if it.sample:
         params[1] = params[3] = RowParams(0.9, top_k=4, top_p=0.9)
     state = it.start(texts, params)
-    copied_and_drafted = set()
+    copied_and_drafted, stopped = set(), set()
     for _ in range(7):
         before = jax.device_get((state.tokens, state.length))
         proposal, _, state = it.round(it.params, state)
@@ -158,8 +159,13 @@ def test_every_rounds_drafts_are_those_of_a_head_that_keeps_no_cache(name):
             if length < max(2, it.config.num_blocks) or too_long:
                 assert (tokens[row] == NO_DRAFT).all()
                 continue
-            logits = it.chain(features[row], text + tokens[row].tolist(), it.num)
-            for index, token in enumerate(tokens[row]):
+            drafts = tokens[row][tokens[row] != NO_DRAFT]
+            logits = it.chain(features[row], text + np.maximum(tokens[row], 0).tolist(), it.num)
+            likelihood = np.cumprod([1 / np.exp(law - law.max()).sum() for law in logits])
+            assert (likelihood[: len(drafts)] >= it.threshold - 1e-3).all()
+            assert len(drafts) == it.num or likelihood[len(drafts)] < it.threshold + 1e-3
+            stopped.add(len(drafts))
+            for index, token in enumerate(drafts):
                 drafted = logits[index, list(it.token_of).index(token)]
                 if proposal.logits is not None:
                     assert proposal.logits[row, index] == pytest.approx(drafted, abs=1e-3)
@@ -169,8 +175,9 @@ def test_every_rounds_drafts_are_those_of_a_head_that_keeps_no_cache(name):
                     law = np.zeros(VOCAB)
                     law[it.token_of] = truncated(logits[index], params[row])
                     np.testing.assert_allclose(proposal.probs[row, index], law, atol=2e-3)
+    assert len(stopped) > 1 if it.threshold else stopped == {it.num}
     counts = np.asarray(state.acceptance_counts)[: len(LENGTHS)]
-    assert it.copies or (counts[:, 1:-1].sum() > 0 and counts[:, -1].sum() > 0)
+    assert it.copies or (counts[:, 1:-1].sum() > 0 and (counts[:, -1].sum() > 0 or it.threshold))
     if it.copies:
         # Some row has done both, so the head knows what was committed by copying.
         assert any({(row, True), (row, False)} <= copied_and_drafted for row in range(len(texts)))
@@ -254,7 +261,7 @@ def test_a_head_beside_copies_drafts_only_where_some_row_does_not_copy():
 
 def test_a_prompt_as_wide_as_the_cache_fills_every_block():
     """The windows of later blocks begin before the text, and must not be pushed out of place at its end."""
-    it = decoding("mtp of 2 blocks")
+    it = decoding("mtp of 3 blocks")
     text = np.random.RandomState(5).randint(0, VOCAB, CAPACITY - 8).tolist()
     tokens = np.zeros((1, CAPACITY), np.int32)
     tokens[0, : len(text)] = text

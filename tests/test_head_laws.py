@@ -25,6 +25,7 @@ from specjax.target import decoder
 
 VOCAB, DRAFTS, TAPS, CAPACITY, PREFIX, AHEAD = 6, 2, (0, 1, 2), 256, (0, 3, 1, 3, 5), 3
 TOKEN_OF = np.array([1, 2, 3, 5])
+LIKELY = 0.5
 CELLS = {verify.residual: residual_cells, verify.block: block_cells}
 PARAMS = [RowParams(), RowParams(0.8, top_k=4, top_p=0.9)]
 HISTORIES = [PREFIX + more for num in range(AHEAD) for more in itertools.product(range(VOCAB), repeat=num)]
@@ -56,7 +57,7 @@ def logits_behind(text):
 
 
 @functools.cache
-def drafts_of(copies):
+def drafts_of(copies, threshold):
     """For each start (params, history): its drafts, their laws [G, V] and their probability, as the head draws them.
 
     The head proposes for all starts at once; the numbers that it draws by are chosen so that each possible draft comes.
@@ -64,7 +65,7 @@ def drafts_of(copies):
     target, _, _, taps = target_states()
     layer = dataclasses.replace(target.config, num_layers=1, sliding_windows=(None,))
     config = heads.eagle3(layer, target.config.width, TAPS, len(TOKEN_OF))
-    drafter = head(config, DRAFTS, jnp.float32, sample=True)
+    drafter = head(config, DRAFTS, jnp.float32, sample=True, confidence_threshold=threshold)
     if copies:
         drafter = hybrid(drafter, VOCAB, 1, 2)
     shared = network.Shared(target.params["embedding"], target.params["head"])
@@ -103,10 +104,11 @@ def drafts_of(copies):
     for row, (which, history, *drafts) in enumerate(wanted):
         probs, tokens = proposal.probs[row].astype(np.float64), proposal.tokens[row]
         copied = copies and bool(reference_lookup(list(history), DRAFTS, 1, 2))
-        chances = [1.0 if copied else probs[i, draft] for i, draft in enumerate(drafts)]
+        drawn = 0 if copied else (tokens != NO_DRAFT).sum()
+        chances = [probs[i, draft] if i < drawn else 1.0 for i, draft in enumerate(drafts)]
         # An interval of less than a float32's rounding cannot be aimed at; what is left out shows in the sum.
         if min(chances) > 1e-6:
-            assert copied or tokens.tolist() == drafts
+            assert tokens[:drawn].tolist() == drafts[:drawn]
             found[which, history][tuple(tokens.tolist())] = (proposal.probs[row], np.prod(chances))
     for options in found.values():
         assert sum(mass for _, mass in options.values()) == pytest.approx(1, abs=1e-5)
@@ -115,10 +117,12 @@ def drafts_of(copies):
 
 @pytest.mark.exact
 @pytest.mark.parametrize("rule", CELLS, ids=lambda rule: rule.__name__)
-@pytest.mark.parametrize("copies", [False, True], ids=["head", "hybrid"])
-def test_the_joint_law_of_the_next_three_tokens_is_the_targets(rule, copies):
+@pytest.mark.parametrize(("copies", "threshold"), [(False, 0.0), (True, LIKELY)], ids=["head", "hybrid that stops"])
+def test_the_joint_law_of_the_next_three_tokens_is_the_targets(rule, copies, threshold):
     cells, owner, logits, probs = [], [], [], []
-    found = drafts_of(copies)
+    found = drafts_of(copies, threshold)
+    lengths = {sum(draft != NO_DRAFT for draft in drafts) for options in found.values() for drafts in options}
+    assert lengths == ({0, 1, 2} if threshold else {DRAFTS})
     for (which, history), options in found.items():
         for drafts, (law, mass) in options.items():
             real = [draft for draft in drafts if draft != NO_DRAFT]

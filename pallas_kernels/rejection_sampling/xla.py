@@ -126,6 +126,12 @@ def local_argmax(logits: jax.Array, axis: Axis = None) -> jax.Array:
     return _first_index(logits == _all_max(logits.max(axis=-1), axis)[..., None], axis)
 
 
+def best_probability(logits: jax.Array, axis: Axis = None) -> jax.Array:
+    """float32[...]: the probability of the best token in the softmax of logits[..., V]."""
+    peak = _all_max(logits.max(axis=-1), axis)[..., None]
+    return 1.0 / _all_sum(jnp.exp(logits - peak).sum(axis=-1), axis)
+
+
 class _Round(NamedTuple):
     """What is known after the positions before `position`.
 

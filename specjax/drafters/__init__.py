@@ -17,13 +17,13 @@ from specjax.checkpoints import pretrained
 from specjax.checkpoints.heads import TOKEN_MAP, LoadedHead, detect_method, read_head
 from specjax.checkpoints.load import Target, load_target
 from specjax.config import AUTO, SpeculativeConfig
-from specjax.drafters.base import Drafter
+from specjax.drafters.base import Drafter, draft_counts
 from specjax.drafters.draft_model import DraftWeights, draft_model
 from specjax.drafters.fit import check_fit, check_shapes
 from specjax.drafters.head import HeadWeights, head
 from specjax.drafters.hybrid import hybrid
 from specjax.drafters.ngram import ngram
-from specjax.drafters.paced import PacedParams, choices, paced
+from specjax.drafters.paced import PacedParams, paced
 from specjax.drafters.plain import plain
 from specjax.errors import AssetError, ConfigError, DraftWarning
 from specjax.heads import network
@@ -60,7 +60,7 @@ def _with_drafts(method: Method, config: SpeculativeConfig, target: Target) -> t
     """The method with as many drafts as its config or checkpoint says, or with as many as pay."""
     if config.num_speculative_tokens == AUTO:
         most = method.num_speculative_tokens or config.max_drafts
-        drafters = [method.with_drafts(num) for num in choices(most) if num]
+        drafters = [method.with_drafts(num) for num in draft_counts(most) if num]
         # Until a round has been measured, all cost the same.
         params = PacedParams(method.params, jnp.ones(len(drafters) + 1))
         return paced(drafters, target.config.width, target.dtype), params
@@ -117,9 +117,11 @@ def _head(config: SpeculativeConfig, target: Target) -> Method:
     weights = HeadWeights(params, shared, token_of)
     check_fit(loaded.config, weights, target, name)
     limit = _checked_limit(config, target.config.max_position, "the target's context")
-    sample = config.draft_sample_method == "probabilistic"
+    sample, threshold = config.draft_sample_method == "probabilistic", config.draft_confidence_threshold or 0.0
     return Method(
-        lambda num: head(loaded.config, num, target.dtype, sample, limit), weights, loaded.num_speculative_tokens
+        lambda num: head(loaded.config, num, target.dtype, sample, limit, threshold),
+        weights,
+        loaded.num_speculative_tokens,
     )
 
 
@@ -231,12 +233,12 @@ def _draft_model_method(draft: Target, target: Target, config: SpeculativeConfig
     limit = _checked_limit(config, longest, "the shorter context of draft and target")
     if limit is None and longest < target.config.max_position:
         limit = longest
-    sample = config.draft_sample_method == "probabilistic"
+    sample, threshold = config.draft_sample_method == "probabilistic", config.draft_confidence_threshold or 0.0
     token_of, columns = _drafted(config, directory, target, draft.params["head"])
     weights = DraftWeights(draft.params)
     if token_of is not None:
         weights = DraftWeights(draft.params, columns, jnp.asarray(token_of))
-    return Method(lambda num: draft_model(draft.config, num, draft.dtype, sample, limit), weights)
+    return Method(lambda num: draft_model(draft.config, num, draft.dtype, sample, limit, threshold), weights)
 
 
 def _checked_limit(config: SpeculativeConfig, longest: int, what: str) -> int | None:

@@ -11,6 +11,9 @@ from specjax.sampling import SamplingState
 NO_DRAFT = -1
 """Token of a proposal where the row has no draft; it is always rejected and never counted."""
 
+COUNTS = (0, 1, 2, 3, 4, 6, 8)
+"""Drafts of a round where their number varies."""
+
 
 @flax.struct.dataclass
 class Context:
@@ -103,6 +106,11 @@ class Drafter(NamedTuple):
     def num_speculative_tokens(self) -> int:
         """G."""
         return len(self.parents)
+
+
+def draft_counts(most: int) -> tuple[int, ...]:
+    """Numbers of drafts that windows are compiled for where rounds draft from none to at most so many."""
+    return tuple(sorted({num for num in COUNTS if num < most} | {most}))
 
 
 def chain(num_speculative_tokens: int) -> tuple[int, ...]:

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal, chain
-from specjax.drafters.chain import Choice, choose, proposal_uniforms, widen
+from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, chain
+from specjax.drafters.chain import Choice, choose, draft_if_likely, proposal, proposal_uniforms, widen, windows
 from specjax.target import decoder
 from specjax.target.families import ModelConfig
 from specjax.target.layers import project
@@ -32,6 +32,7 @@ def draft_model(
     dtype: jnp.dtype,
     sample: bool = True,
     max_model_len: int | None = None,
+    confidence_threshold: float = 0.0,
 ) -> Drafter:
     """Drafts by decoding with another model of the same vocabulary.
 
@@ -41,6 +42,8 @@ def draft_model(
         sample: draw drafts from the draft model's distribution, truncated by the row's own sampling parameters, and
             record it; greedy rows draft greedily all the same. False drafts greedily for all rows.
         max_model_len: rows whose drafts would reach beyond this many positions decode without drafts.
+        confidence_threshold: a row's drafts end before the first that is less likely to be reached and accepted, by
+            the draft model's own law.
     """
     G = num_speculative_tokens
 
@@ -63,19 +66,25 @@ def draft_model(
         first = pick(weights, last, uniforms[:, 0], context)
 
         def draft_next(carry, depth):
-            token, cache = carry
-            position = context.length + depth
-            out = run(weights, cache, token[:, None], position)
-            chosen = pick(weights, out.final[:, 0], uniforms[:, depth + 1], context)
-            return (chosen[0], out.cache), chosen
+            token, likelihood, cache = carry
 
-        (_, cache), rest = jax.lax.scan(draft_next, (first[0], out.cache), jnp.arange(G - 1))
-        tokens, probs, logits = jax.tree.map(
+            def draft(cache):
+                out = run(weights, cache, token[:, None], context.length + depth)
+                return pick(weights, out.final[:, 0], uniforms[:, depth + 1], context), out.cache
+
+            chosen, cache = draft_if_likely(likelihood, confidence_threshold, draft, cache)
+            return (chosen.token, likelihood * chosen.confidence, cache), chosen
+
+        carry = first.token, first.confidence, out.cache
+        (_, _, cache), rest = jax.lax.scan(draft_next, carry, jnp.arange(G - 1))
+        choices = jax.tree.map(
             lambda head, tail: jnp.concatenate([head[:, None], jnp.moveaxis(tail, 0, 1)], axis=1), first, rest
         )
+        drafts = proposal(choices, confidence_threshold)
         if max_model_len is not None:
-            tokens = jnp.where((context.length + G <= max_model_len)[:, None], tokens, NO_DRAFT)
-        return Proposal(tokens, probs, logits), cache
+            tokens = jnp.where((context.length + G <= max_model_len)[:, None], drafts.tokens, NO_DRAFT)
+            drafts = drafts._replace(tokens=tokens)
+        return drafts, cache
 
     def prefill(weights: DraftWeights, cache, context: Context, features: Features, num_valid):
         out = run(weights, cache, features.tokens, features.start)
@@ -84,7 +93,7 @@ def draft_model(
     return Drafter(
         name="draft_model",
         parents=chain(G),
-        widths=(G + 1,) if max_model_len is None else (1, G + 1),
+        widths=windows(G, max_model_len is not None, confidence_threshold),
         init=lambda weights, batch, capacity: decoder.init_cache(config, batch, capacity, dtype),
         propose=propose,
         prefill=prefill,

@@ -1,5 +1,6 @@
 """EAGLE, EAGLE-3 and MTP heads as drafters: a chain of drafts from what the target computed."""
 
+import functools
 from typing import NamedTuple
 
 import flax.struct
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from specjax import cache as kv
 from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal, chain
-from specjax.drafters.chain import Choice, choose, proposal_uniforms, widen
+from specjax.drafters.chain import Choice, choose, draft_if_likely, proposal, proposal_uniforms, widen, windows
 from specjax.heads import network
 from specjax.heads.config import HeadConfig
 from specjax.target.decoder import attend_to_cache
@@ -50,6 +51,7 @@ def head(
     dtype: jnp.dtype,
     sample: bool = False,
     max_model_len: int | None = None,
+    confidence_threshold: float = 0.0,
 ) -> Drafter:
     """Drafts by a head that reads the target's hidden states.
 
@@ -61,6 +63,8 @@ def head(
         dtype: of its cache.
         sample: draw drafts from the head's law, truncated by the row's own sampling parameters, and record it.
         max_model_len: rows whose drafts would reach beyond this many positions decode without drafts.
+        confidence_threshold: a row's drafts end before the first that is less likely to be reached and accepted, by
+            the head's own law.
     """
     G, layer, num_blocks = num_speculative_tokens, config.layer, config.num_blocks
 
@@ -107,32 +111,39 @@ def head(
 
     def propose(weights: HeadWeights, state: HeadState, context: Context) -> tuple[Proposal, HeadState]:
         uniforms = proposal_uniforms(context.sampling, context.length, G)
-        caches, hidden = list(state.caches), state.hidden
         choices: list[Choice] = []
-        feature = state.recycled[0][:, None]
-        for step in range(G):
-            if step:
-                # The first time that a block runs, it catches up with the positions whose tokens are drafts; later
-                # it goes on from what the step before gave.
-                block, lap = step % num_blocks, step // num_blocks
-                width = step if lap == 0 else 1
-                tokens = jnp.stack([token for token, _, _ in choices[-width:]], axis=1)
-                start = jnp.maximum(context.length - 1 - width + lap, 0)
-                out, caches[block] = run(weights, caches[block], block, tokens, feature[:, -width:], start)
-                hidden, feature = out.hidden[:, -1], out.recycled
-                if block + 1 < num_blocks and lap == 0:
-                    feature = jnp.concatenate([state.recycled[block][:, None], feature], axis=1)
+
+        def pick(hidden: jax.Array) -> Choice:
             logits = network.logits(config, weights.head, weights.shared, hidden)
-            choice = choose(logits, uniforms[:, step], context.sampling, sample)
-            if weights.token_of is not None:
-                choice = widen(choice, weights.token_of, layer.vocab_size)
+            choice = choose(logits, uniforms[:, len(choices)], context.sampling, sample)
+            return choice if weights.token_of is None else widen(choice, weights.token_of, layer.vocab_size)
+
+        def draft_next(feature: jax.Array, caches):
+            # The first time that a block runs, it catches up with the positions whose tokens are drafts; later it
+            # goes on from what the step before gave.
+            lap, block = divmod(len(choices), num_blocks)
+            width = len(choices) if lap == 0 else 1
+            tokens = jnp.stack([choice.token for choice in choices[-width:]], axis=1)
+            start = jnp.maximum(context.length - 1 - width + lap, 0)
+            out, cache = run(weights, caches[block], block, tokens, feature[:, -width:], start)
+            feature = out.recycled
+            if block + 1 < num_blocks and lap == 0:
+                feature = jnp.concatenate([state.recycled[block][:, None], feature], axis=1)
+            return (pick(out.hidden[:, -1]), feature), (*caches[:block], cache, *caches[block + 1 :])
+
+        choices.append(pick(state.hidden))
+        feature, caches, likelihood = state.recycled[0][:, None], state.caches, choices[0].confidence
+        while len(choices) < G:
+            draft = functools.partial(draft_next, feature)
+            (choice, feature), caches = draft_if_likely(likelihood, confidence_threshold, draft, caches)
             choices.append(choice)
-        tokens, probs, best = jax.tree.map(lambda *rows: jnp.stack(rows, axis=1), *choices)
+            likelihood *= choice.confidence
+        drafts = proposal(jax.tree.map(lambda *rows: jnp.stack(rows, axis=1), *choices), confidence_threshold)
         able = context.length >= max(2, num_blocks)  # the last block's pairs begin num_blocks tokens back
         if max_model_len is not None:
             able &= context.length + G <= max_model_len
-        proposal = Proposal(jnp.where(able[:, None], tokens, NO_DRAFT), probs, best)
-        return proposal, state.replace(caches=tuple(caches))
+        tokens = jnp.where(able[:, None], drafts.tokens, NO_DRAFT)
+        return drafts._replace(tokens=tokens), state.replace(caches=caches)
 
     def init(weights: HeadWeights, batch: int, capacity: int) -> HeadState:
         caches = tuple(
@@ -145,7 +156,7 @@ def head(
     return Drafter(
         name=config.method,
         parents=chain(G),
-        widths=(G + 1,) if max_model_len is None else (1, G + 1),
+        widths=windows(G, max_model_len is not None, confidence_threshold),
         init=init,
         propose=propose,
         prefill=learn,

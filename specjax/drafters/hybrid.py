@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specjax.control import switch_in_place
+from specjax.control import run_if
 from specjax.drafters.base import NO_DRAFT, Context, Drafter, Proposal
 from specjax.drafters.ngram import lookup
 
@@ -40,19 +40,9 @@ def hybrid(other: Drafter, vocab_size: int, prompt_lookup_min: int, prompt_looku
         copied = copies[:, 0] != NO_DRAFT
         # A row of one token, such as those that fill up a batch, has no drafts from anybody.
         unneeded = (copied | state.idle | (context.length < 2)).all()
-
-        def draft(carry):
-            _, inner = carry
-            proposal, inner = other.propose(params, inner, context)
-            return proposal._replace(logits=None), inner
-
-        nothing, _ = jax.eval_shape(draft, (None, state.other))
-        empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nothing)
-        empty = empty._replace(tokens=jnp.full_like(empty.tokens, NO_DRAFT))
-        carry = empty, state.other
-        drafts, inner = switch_in_place(unneeded.astype(jnp.int32), (draft, lambda carry: carry), carry)
+        drafts, inner = run_if(~unneeded, lambda inner: other.propose(params, inner, context), state.other)
         state = state._replace(other=inner)
-        tokens = jnp.where(copied[:, None], copies, drafts.tokens)
+        tokens = jnp.where((copied | unneeded)[:, None], copies, drafts.tokens)
         if drafts.probs is None:
             return Proposal(tokens), state
         certain = copies[:, :, None] == jnp.arange(vocab_size)

@@ -10,9 +10,6 @@ import jax.numpy as jnp
 from specjax.control import switch_in_place
 from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal
 
-CHOICES = (0, 1, 2, 3, 4, 6, 8)
-"""Drafts a round that are chosen from: a window for each is compiled in."""
-
 PERIOD = 64
 """Rounds between two looks at what the most drafts would bring, where fewer are chosen."""
 
@@ -62,11 +59,6 @@ class PacedState(flax.struct.PyTreeNode):
     num_unseen: jax.Array
 
 
-def choices(most: int) -> tuple[int, ...]:
-    """The numbers of drafts that are chosen from where at most so many are wanted."""
-    return tuple(sorted({num for num in CHOICES if num < most} | {most}))
-
-
 def paced(drafters: Sequence[Drafter], feature_width: int, dtype: jnp.dtype) -> Drafter:
     """Drafts as many tokens a round as give the most tokens a second, none where speculation does not pay.
 
@@ -76,8 +68,8 @@ def paced(drafters: Sequence[Drafter], feature_width: int, dtype: jnp.dtype) -> 
     several rounds at once.
 
     Args:
-        drafters: one method with K = 1 and more drafts, as choices gives them, alike but for K. Their prefill learns
-            from positions that they have not seen.
+        drafters: one method with K = 1 and more drafts, as base.draft_counts gives them, alike but for K. Their prefill
+            learns from positions that they have not seen.
         feature_width: D of the target's hidden states.
         dtype: of these.
     """

@@ -240,7 +240,8 @@ def measure_costs(
 ) -> dict[str, Any]:
     """The content of summary.json's "costs": the curve of scoring, and what drafting costs. See draft_milliseconds.
 
-    "idle" says that rounds in which no row has drafts score one token only.
+    "idle" says that rounds in which no row has drafts score one token only. What a method with a
+    draft_confidence_threshold drafts follows the text, so it has no such cost.
 
     Args:
         decoders: of the methods, by name, at the batch size of the run; one of them decodes plainly.
@@ -255,7 +256,7 @@ def measure_costs(
     drafts = {
         name: _draft_curve(decoder, phases[name], tokens, sampling, rest)
         for name, decoder in decoders.items()
-        if decoder.config is not None
+        if decoder.config is not None and not decoder.config.draft_confidence_threshold
     }
     return {
         "context": len(tokens),

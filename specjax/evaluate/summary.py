@@ -134,12 +134,13 @@ def _profile(phases: Mapping[str, Mapping[str, float]] | None) -> dict[str, dict
 
 
 def _predicted(run: Run, costs: Mapping[str, Any]) -> dict[str, Any]:
-    """Of methods with a fixed number of drafts: what was accepted of "auto" depends on what it chose."""
+    """Of methods that draft as many tokens every round: what is accepted of others depends on what they chose."""
     totals = {}
     for name, method in run.experiment.methods.items():
         measured = run.measured(name)
         total = fastest(measured, measured)
-        if total is not None and str(method.num_speculative_tokens) != "auto":
+        varies = str(method.num_speculative_tokens) == "auto" or bool(method.draft_confidence_threshold)
+        if total is not None and not varies:
             totals[name] = total
     return predict(costs, totals, run.experiment.batch_size)
 
