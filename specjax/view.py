@@ -1,13 +1,15 @@
-"""Answers coloured by where their tokens come from: HTML for notebooks and reports, colours or marks for terminals."""
+"""What notebooks and terminals show: answers coloured by where their tokens come from, and a line of progress."""
 
+import contextlib
 import html
 import io
 import itertools
 import os
 import re
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from specjax.trace import SpelledRound
@@ -18,12 +20,14 @@ class Origin(NamedTuple):
 
     Attributes:
         label: in the legend.
+        tag: of its HTML element; says the same again where a site drops all styles, as GitHub does with notebooks.
         css: declarations; a colour brings its own background, so it does not depend on the page's theme.
         style: rich's.
         marks: the two characters around it where there are no colours.
     """
 
     label: str
+    tag: str
     css: str
     style: str
     marks: str
@@ -31,18 +35,23 @@ class Origin(NamedTuple):
 
 ORIGINS = {
     "accepted": Origin(
-        "accepted draft", "background:#cfe4fb;color:#0a335c;box-shadow:inset 0 -2px #1f6fbf", "black on sky_blue1", "[]"
+        "accepted draft",
+        "ins",
+        "background:#cfe4fb;color:#0a335c;text-decoration:none;box-shadow:inset 0 -2px #1f6fbf",
+        "black on sky_blue1",
+        "[]",
     ),
     "rejected": Origin(
-        "rejected draft", "color:#6b5a66;text-decoration:line-through;font-size:.87em", "dim strike", "~~"
+        "rejected draft", "s", "color:#6b5a66;text-decoration:line-through;font-size:.87em", "dim strike", "~~"
     ),
     "next": Origin(
         "recovered or bonus token",
-        "background:#ffe2b3;color:#5c3300;border-radius:4px",
+        "b",
+        "background:#ffe2b3;color:#5c3300;border-radius:4px;font-weight:inherit",
         "black on light_goldenrod2",
         "()",
     ),
-    "plain": Origin("token of a round without drafts", "", "", ""),
+    "plain": Origin("token of a round without drafts", "span", "", "", ""),
 }
 """Blue and orange stay apart in every kind of colour blindness; underline, strike-through and corners say it again."""
 
@@ -51,7 +60,7 @@ CSS = (
     "font:14px/1.75 system-ui,sans-serif;print-color-adjust:exact;-webkit-print-color-adjust:exact}"
     ".sjx-text{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate;margin:0}"
     ".sjx-text+.sjx-text{border-top:1px solid #d0d7de;margin-top:.7em;padding-top:.7em}"
-    ".sjx-legend{font-size:13px;line-height:1.9;margin:0 0 .4em;color:#424a53}.sjx-legend span{padding:.1em .3em}"
+    ".sjx-legend{font-size:13px;line-height:1.9;margin:0 0 .4em;color:#424a53}.sjx-legend>*{padding:.1em .3em}"
     + "".join(f".sjx-{name}{{{origin.css}}}" for name, origin in ORIGINS.items() if origin.css)
 )
 """Of all classes that answer_html and legend_html use."""
@@ -91,20 +100,23 @@ def answer_pieces(rounds: Sequence[SpelledRound]) -> Iterator[Piece]:
 
 def answer_html(rounds: Sequence[SpelledRound]) -> str:
     """One answer as an HTML element; needs CSS."""
-    spans = (
-        f'<span class="sjx-{origin}" title="{html.escape(about)}">{html.escape(text)}</span>'
+    tokens = (
+        _element(origin, html.escape(text), f' title="{html.escape(about)}"')
         for text, origin, about in answer_pieces(rounds)
     )
-    return f'<div class="sjx-text">{"".join(spans)}</div>'
+    return f'<div class="sjx-text">{"".join(tokens)}</div>'
 
 
 def legend_html(answers: Sequence[Sequence[SpelledRound]]) -> str:
     """What the colours of some answers mean, with counts, as an HTML element; needs CSS."""
     counts = _counts(answers)
-    parts = (
-        f'<span class="sjx-{name}">{ORIGINS[name].label}</span> {counts[name]}' for name in ORIGINS if counts[name]
-    )
+    parts = (f"{_element(name, ORIGINS[name].label)} {counts[name]}" for name in ORIGINS if counts[name])
     return f'<div class="sjx-legend">{" · ".join(parts)} · {_rounds(answers)}</div>'
+
+
+def _element(origin: str, content: str, attributes: str = "") -> str:
+    tag = ORIGINS[origin].tag
+    return f'<{tag} class="sjx-{origin}"{attributes}>{content}</{tag}>'
 
 
 def marked_text(rounds: Sequence[SpelledRound]) -> str:
@@ -192,3 +204,50 @@ def _counts(answers: Sequence[Sequence[SpelledRound]]) -> Counter[str]:
 def _rounds(answers: Sequence[Sequence[SpelledRound]]) -> str:
     number = sum(len(rounds) for rounds in answers)
     return f"{number} round{'s' * (number != 1)}"
+
+
+REFRESH_SECONDS = 0.3
+"""Between two states of a notebook's progress line."""
+
+
+class ProgressLine(NamedTuple):
+    """How far something is: a bar in notebooks, and a text.
+
+    Attributes:
+        done, total: steps.
+        description: of what is being done.
+    """
+
+    done: int
+    total: int
+    description: str
+
+    def _repr_html_(self) -> str:
+        bar = f'<progress max="{max(self.total, 1)}" value="{self.done}"></progress>'
+        return f'<div style="font-family:monospace">{bar} {html.escape(repr(self))}</div>'
+
+    def __repr__(self) -> str:
+        return f"{self.done}/{self.total} {self.description}"
+
+
+@contextlib.contextmanager
+def notebook_progress() -> Iterator[Callable[[int, int, str], None]]:
+    """One line below a notebook's cell, changed in place; yields advance(done, total, description)."""
+    from IPython.display import display
+
+    handle = display(ProgressLine(0, 1, "loading"), display_id=True)
+    shown = time.perf_counter()
+    line = None
+
+    def advance(done: int, total: int, description: str) -> None:
+        nonlocal line, shown
+        line = ProgressLine(done, total, description)
+        if time.perf_counter() - shown > REFRESH_SECONDS:
+            handle.update(line)
+            shown = time.perf_counter()
+
+    try:
+        yield advance
+    finally:
+        if line is not None:
+            handle.update(line)

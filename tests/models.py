@@ -6,11 +6,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specjax import generate
 from specjax.checkpoints.load import Target
 from specjax.target import decoder
 from specjax.target.families import ModelConfig
 
 VOCAB = 97
+
+QUICK = {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+"""Environment of a process that takes a quarter of the usual time to compile, and optimises little."""
+
+USUAL = {
+    "xla_backend_optimization_level": 3,
+    "xla_llvm_disable_expensive_passes": False,
+    "xla_cpu_use_fusion_emitters": True,
+}
+"""The compiler options that undo QUICK for one program: those of users."""
+
+
+def decode_as_usual(patch) -> None:
+    """Has decode programs of few rows compiled as users' are, for a look into them."""
+    options = (generate.narrow_options() or {}) | USUAL
+    patch.setattr(generate, "narrow_options", lambda platform=None: options)
 
 
 def random_target(seed: int, vocab_size: int = VOCAB, max_position: int = 512, **fields) -> Target:
@@ -29,9 +46,13 @@ def random_target(seed: int, vocab_size: int = VOCAB, max_position: int = 512, *
         max_position=max_position,
         sliding_windows=(None, None),
     )
-    params = jax.jit(functools.partial(decoder.init, config))(jax.random.key(seed))
-    params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, params)
+    params = jax.tree.map(lambda x: x * 8 if x.ndim > 1 else x, _init(config)(jax.random.key(seed)))
     return Target(f"random-{seed}", config, params, jnp.dtype("float32"), **fields)
+
+
+@functools.cache
+def _init(config):
+    return jax.jit(functools.partial(decoder.init, config))
 
 
 @functools.cache

@@ -14,7 +14,8 @@ if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 
 import numpy as np
-from models import random_target
+import pytest
+from models import decode_as_usual, random_target
 from test_heads import random_weights
 
 import specjax
@@ -61,7 +62,9 @@ def tokens(method, mesh, temperature, **options):
 def compare(method, data, model, temperature=0.0, **options):
     """Tokens on the mesh and on one device, and what the compiled round moves."""
     expected, _ = tokens(method, None, temperature, **options)
-    found, decoder = tokens(method, MeshConfig(data=data, model=model), temperature, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        decode_as_usual(patch)
+        found, decoder = tokens(method, MeshConfig(data=data, model=model), temperature, **options)
     program = next(run for key, run in decoder.programs._compiled.items() if key[0] == "decode")
     moved = re.findall(r"= (\w+)\[([\d,]*)\]\S* (all-gather|all-to-all|collective-permute)\(", program.as_text())
     largest = max((int(np.prod([int(n) for n in shape.split(",") if n])) for _, shape, _ in moved), default=0)

@@ -19,6 +19,7 @@ from specjax.target.families import from_hf
 JUNK = 1e30
 """What slots behind a window hold: anything finite."""
 
+pytestmark = pytest.mark.usefixtures("usual_compiler")
 OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
 """Little optimisation, since compiling is what takes long."""
 

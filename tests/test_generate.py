@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import VOCAB, LetterTokenizer, next_logits, random_target
+from models import VOCAB, LetterTokenizer, decode_as_usual, next_logits, random_target
 
 import specjax
 from specjax import SamplingParams, SpeculativeConfig, SpeculativeDecoder, generate
@@ -180,8 +180,9 @@ def test_a_second_call_in_the_same_bucket_compiles_nothing(target):
     assert result.metrics.compile_seconds == 0
 
 
-def test_caches_are_updated_in_place():
+def test_caches_are_updated_in_place(monkeypatch):
     """The decode program aliases its whole state and copies no cache."""
+    decode_as_usual(monkeypatch)
     target = random_target(0)
     for config, draft in ((None, None), (NGRAM, None), (draft_config(), random_target(1))):
         system = SpeculativeDecoder(target, config, draft=draft)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from models import QUICK
 from multiprocess_cases import TARGET, plain, train
 from test_checkpoints_gguf import write_llama
 
@@ -75,7 +76,7 @@ def run_all(folder, num, devices, cases):
     settings = {
         "PYTHONPATH": str(HERE.parent),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        **QUICK,
         "JAX_COMPILATION_CACHE_DIR": str(folder / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "SPECJAX_CACHE": str(folder / "cache"),

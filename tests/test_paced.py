@@ -13,12 +13,12 @@ from test_heads import random_weights
 
 import specjax
 from specjax import generate, pacing, step, verify
-from specjax.drafters.base import NO_DRAFT
+from specjax.drafters.base import NO_DRAFT, draft_counts
 from specjax.drafters.draft_model import DraftWeights, draft_model
 from specjax.drafters.head import HeadWeights, head
 from specjax.drafters.hybrid import hybrid
 from specjax.drafters.ngram import ngram
-from specjax.drafters.paced import PacedParams, choices, paced
+from specjax.drafters.paced import PacedParams, paced
 from specjax.heads import config as heads
 from specjax.heads import network
 from specjax.target import decoder
@@ -102,7 +102,7 @@ class Decoding:
 @pytest.mark.parametrize("name", METHODS)
 def test_after_rounds_without_drafts_the_drafter_knows_what_it_would_have_known(name):
     with_drafts, weights = METHODS[name]
-    counts = choices(MOST)
+    counts = draft_counts(MOST)
     always = Decoding(with_drafts(MOST), weights)
     drafters = [with_drafts(num) for num in counts if num]
     pacer = Decoding(paced(drafters, TARGET.config.width, jnp.float32), PacedParams(weights, jnp.ones(len(counts))))
@@ -232,8 +232,8 @@ def test_costs_are_measured_once_for_a_batch_size(measured):
     assert sorted(decoder_._round_seconds) == [1, 4]
 
 
-def test_choices():
-    assert choices(1) == (0, 1)
-    assert choices(4) == (0, 1, 2, 3, 4)
-    assert choices(5) == (0, 1, 2, 3, 4, 5)
-    assert choices(10) == (0, 1, 2, 3, 4, 6, 8, 10)
+def test_draft_counts():
+    assert draft_counts(1) == (0, 1)
+    assert draft_counts(4) == (0, 1, 2, 3, 4)
+    assert draft_counts(5) == (0, 1, 2, 3, 4, 5)
+    assert draft_counts(10) == (0, 1, 2, 3, 4, 6, 8, 10)

@@ -18,6 +18,7 @@ from specjax.preflight.hlo import Round
 from specjax.target import decoder
 from specjax.target.families import from_hf
 
+pytestmark = pytest.mark.usefixtures("usual_compiler")
 V, D, F, L, N, K, H = 1024, 256, 512, 2, 8, 4, 32
 DRAFT_V, B, S, G, PARTS = 512, 8, 512, 2, 4
 WIDTH = 2

@@ -15,6 +15,7 @@ from laws import RowParams, truncated
 from pallas_kernels.rejection_sampling import NO_DRAFT, RULES, Truncation, rejection_sample
 from pallas_kernels.rejection_sampling.benchmark import estimate
 
+pytestmark = pytest.mark.usefixtures("usual_compiler")
 TOP = float(np.nextafter(np.float32(1), np.float32(0)))
 EDGE = 1e-5
 """How close to the ends of an interval of uniforms a kernel is evaluated; also the error of an integrated law."""

@@ -5,13 +5,15 @@ import os
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from browser import Browser, find_browser
 
 from specjax import cli
 from specjax.errors import SpecJAXError
-from specjax.evaluate import html, report, run
+from specjax.evaluate import html, plots, report, run
 from specjax.evaluate.content import MISSING, Run
+from specjax.metrics import Metrics
 
 CATEGORIES = (
     "writing",
@@ -293,6 +295,45 @@ def test_plots_have_titles_alternatives_and_ids_of_their_own(page, source):
     assert len(set(ids)) == len(ids)
     linked = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', source)
     assert {one or other for one, other in linked} <= set(ids)
+
+
+def test_notebooks_show_plots_as_png(summary, write):
+    pictures = plots.of_report(write("run", summary), "Speed", "Acceptance")
+    assert [repr(one) for one in pictures] == [
+        "<plot: Speed-up over plain decoding>",
+        "<plot: Tokens per second>",
+        "<plot: Acceptance by position>",
+        "<plot: Accepted drafts a round>",
+    ]
+    image, size = pictures[0]._repr_png_()
+    assert image.startswith(b"\x89PNG") and size == {"width": round(plots.WIDTH * plots.NOTEBOOK_DPI)}
+    # An image says its width in pixels there.
+    assert int.from_bytes(image[16:20], "big") == 2 * size["width"]
+
+
+def test_acceptance_of_results_is_plotted():
+    metrics = {name: Metrics(np.array(counts), 99, 99, 1.0, 1.0, 1.0, 1.0) for name, counts in COUNTS.items()}
+    [axes] = plots.acceptance(metrics).figure.axes
+    for line, (name, counts) in zip(axes.lines, COUNTS.items(), strict=True):
+        assert line.get_label() == name
+        at_least = [sum(counts[i:]) / sum(counts) for i in range(1, len(counts))]
+        assert list(line.get_ydata()) == pytest.approx(at_least)
+
+
+def test_accuracy_is_plotted_over_the_steps_of_a_training(tmp_path):
+    lines = [
+        {"step": 10, "accuracy": [0.1]},
+        {"step": 20, "accuracy": [0.3, 0.2], "validation": {"accuracy": [0.25, 0.15], "loss": 1.0}},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [axes] = plots.training(tmp_path).figure.axes
+    shown = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    assert shown == {
+        "draft 1": ([10, 20], [0.1, 0.3]),
+        "draft 2": ([20], [0.2]),
+        "draft 1, held-out text": ([20], [0.25]),
+        "draft 2, held-out text": ([20], [0.15]),
+    }
 
 
 def test_the_page_loads_nothing(page, source):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from models import random_target
+from models import QUICK, random_target
 from sharding_cases import CASES, VOCAB
 
 import specjax
@@ -28,7 +28,7 @@ def found():
     """Case -> what it printed; all of them in one process that has eight devices."""
     done = subprocess.run(
         [sys.executable, str(HERE / "sharding_cases.py"), "8"],
-        env=os.environ | {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu"},
+        env=os.environ | QUICK | {"PYTHONPATH": str(HERE.parent), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )

@@ -15,7 +15,7 @@ from specjax.evaluate.oracle import compare_greedy
 from specjax.evaluate.prompts import load_prompts
 from specjax.tokenizer import encode_prompt, load_tokenizer, stop_token_ids
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("usual_compiler")]
 
 TOKEN_IDS = Path(__file__).parent / "data" / "smollm2_token_ids.jsonl"
 

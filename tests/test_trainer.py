@@ -1,6 +1,7 @@
 """Training runs of tiny heads: they learn, go on after a kill as if nothing had been, and refuse what can't be."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
+from models import QUICK
 
 from specjax.cli import main
 from specjax.errors import ConfigError, SpecJAXError
@@ -85,7 +87,13 @@ def run(folder: Path, workdir: Path, **changes) -> dict:
 
 def run_child(folder: Path, workdir: Path, num_devices: int = 1, killed_at: int = 0, **changes) -> int:
     command = [sys.executable, "-c", CHILD, json.dumps(fields(folder, **changes)), str(workdir)]
-    done = subprocess.run([*command, str(num_devices), str(killed_at)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, str(num_devices), str(killed_at)],
+        env=os.environ | QUICK,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
     return done.returncode
 

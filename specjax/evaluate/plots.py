@@ -1,17 +1,22 @@
-"""Plots of a report as SVG elements for HTML pages: numbers come in, nothing is computed here but layout."""
+"""Plots of reports and notebooks: numbers come in, nothing is computed here but layout."""
 
 import io
+import json
 import math
+import os
 import re
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from specjax.metrics import Metrics
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6d00")
 """Okabe and Ito's colours, which stay apart in every kind of colour blindness; markers and hatches repeat them."""
@@ -23,6 +28,9 @@ MARKERS = "os^DvPX*"
 HATCHES = ("", "///", "...", "xxx", "\\\\\\", "ooo", "+++", "---")
 WIDTH = 4.7
 """Inches; small, so that letters stay readable where a telephone scales the plot to its width."""
+
+NOTEBOOK_DPI = 90
+"""Pixels of a notebook's page to an inch."""
 
 LONGEST_LABEL = 28
 
@@ -76,7 +84,36 @@ class Series(NamedTuple):
         return index if self.colour is None else self.colour
 
 
-def bars(prefix: str, title: str, axis: str, series: Sequence[Series], reference: float | None = None) -> str:
+class Picture(str):
+    """An SVG, as text; a notebook shows it as PNG, because sites that show stored notebooks drop SVG elements.
+
+    Attributes:
+        figure: matplotlib's.
+        about: what it shows.
+    """
+
+    figure: Figure
+    about: str
+
+    def __new__(cls, svg: str, figure: Figure, about: str) -> "Picture":
+        self = super().__new__(cls, svg)
+        self.figure, self.about = figure, about
+        return self
+
+    def __repr__(self) -> str:
+        return f"<plot: {self.about}>"
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        """The image with two pixels to one of the page, and its width on the page."""
+        file = io.BytesIO()
+        with _settings():
+            self.figure.savefig(
+                file, format="png", dpi=2 * NOTEBOOK_DPI, facecolor="#ffffff", metadata={"Software": None}
+            )
+        return file.getvalue(), {"width": round(self.figure.get_figwidth() * NOTEBOOK_DPI)}
+
+
+def bars(prefix: str, title: str, axis: str, series: Sequence[Series], reference: float | None = None) -> Picture:
     """One horizontal bar for each series, of its first number, with its interval; returns an SVG element.
 
     Args:
@@ -116,7 +153,7 @@ def bars(prefix: str, title: str, axis: str, series: Sequence[Series], reference
 
 def lines(
     prefix: str, title: str, axes_labels: tuple[str, str], series: Sequence[Series], reference: float | None = None
-) -> str:
+) -> Picture:
     """Lines with markers, and hollow points where something was measured beside a line; returns an SVG element.
 
     With a reference the vertical axis shows what lies around it, without one it begins at 0.
@@ -150,7 +187,7 @@ def lines(
     return _svg(prefix, title, 3.1 + _legend_height(len(series)), draw, legend=True)
 
 
-def grouped_bars(prefix: str, title: str, axes_labels: tuple[str, str], series: Sequence[Series]) -> str:
+def grouped_bars(prefix: str, title: str, axes_labels: tuple[str, str], series: Sequence[Series]) -> Picture:
     """Upright bars, side by side where series share an x; returns an SVG element."""
 
     def draw(axes: Axes) -> None:
@@ -169,7 +206,7 @@ def grouped_bars(prefix: str, title: str, axes_labels: tuple[str, str], series: 
     return _svg(prefix, title, 3.1 + _legend_height(len(series)), draw, legend=True)
 
 
-def stacked_bars(prefix: str, title: str, axis: str, names: Sequence[str], series: Sequence[Series]) -> str:
+def stacked_bars(prefix: str, title: str, axis: str, names: Sequence[str], series: Sequence[Series]) -> Picture:
     """One horizontal bar for each name, made of one piece of every series; returns an SVG element."""
 
     def draw(axes: Axes) -> None:
@@ -194,7 +231,7 @@ def stacked_bars(prefix: str, title: str, axis: str, names: Sequence[str], serie
 
 def heat_map(
     prefix: str, title: str, scale: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[Any]]
-) -> str:
+) -> Picture:
     """Ratios as a table of colours, white at 1, each with its number; returns an SVG element."""
 
     def draw(axes: Axes) -> None:
@@ -227,9 +264,47 @@ def heat_map(
     return _svg(prefix, title, 1.2 + 0.27 * len(rows) + (0.5 if len(columns) > 4 else 0), draw)
 
 
-def _svg(prefix: str, title: str, height: float, draw: Callable[[Axes], None], legend: bool = False) -> str:
+def acceptance(metrics: Mapping[str, Metrics]) -> Picture:
+    """How often each draft was accepted. metrics: of a name, such as GenerationResult.metrics of each method."""
+    series = [
+        Series(name, range(1, len(one.acceptance_rate_by_position) + 1), list(one.acceptance_rate_by_position))
+        for name, one in metrics.items()
+    ]
+    labels = "position of the draft", "share of rounds that accept it"
+    return lines("acceptance", "Acceptance by position", labels, series)
+
+
+def training(workdir: str | os.PathLike[str]) -> Picture:
+    """How often the drafts of a head were the target's own choice while it was trained, from workdir/metrics.jsonl."""
+    text = (Path(workdir) / "metrics.jsonl").read_text(encoding="utf-8")
+    found = [json.loads(line) for line in text.splitlines()]
+    held_out = [{"step": line["step"], **line["validation"]} for line in found if "validation" in line]
+    series = []
+    for kind, rows in (("", found), (", held-out text", held_out)):
+        for place in range(max((len(row["accuracy"]) for row in rows), default=0)):
+            shown = [row for row in rows if place < len(row["accuracy"])]
+            accuracies = [row["accuracy"][place] for row in shown]
+            series.append(Series(f"draft {place + 1}{kind}", [row["step"] for row in shown], accuracies))
+    labels = "training step", "share of tokens guessed"
+    return lines("training", "Accuracy of the drafts", labels, series)
+
+
+def of_report(workdir: str | os.PathLike[str], *sections: str) -> list[Picture]:
+    """The plots of some sections of an evaluation's report, such as "Speed" and "Acceptance"."""
+    from specjax.evaluate import content, report
+
+    chosen = [section for section in content.sections(report.read_runs([workdir])) if section.title in sections]
+    parts = [part for section in chosen for part in section.parts if isinstance(part, content.Plot)]
+    return [part.draw(f"plot-{number}") for number, part in enumerate(parts)]  # type: ignore[misc]
+
+
+def _settings(prefix: str = "") -> Any:
     settings: Any = SETTINGS | {"svg.hashsalt": prefix}
-    with rc_context(settings), warnings.catch_warnings():
+    return rc_context(settings)
+
+
+def _svg(prefix: str, title: str, height: float, draw: Callable[[Axes], None], legend: bool = False) -> Picture:
+    with _settings(prefix), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names may be in any script
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
@@ -243,7 +318,7 @@ def _svg(prefix: str, title: str, height: float, draw: Callable[[Axes], None], l
         file = io.StringIO()
         metadata: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", metadata=metadata, transparent=True)
-    return _inline(file.getvalue(), prefix)
+    return Picture(_inline(file.getvalue(), prefix), figure, title)
 
 
 def _inline(svg: str, prefix: str) -> str:

@@ -322,8 +322,8 @@ _COMPILED: Line = ("compiled in, s", lambda row: f"{row['compile_seconds']:.0f}"
 """What a line of the table says, and how of a program."""
 
 
-def plot(summary: dict[str, Any]) -> str:
-    """Memory, time of a round and speed-ups, as an SVG file."""
+def plot(summary: dict[str, Any]) -> plots.Picture:
+    """Memory, time of a round and speed-ups, as an SVG file that notebooks show."""
     rows = summary["programs"]
     panels = 3 if summary["predictions"] else 2
     settings: Any = plots.SETTINGS | {"svg.hashsalt": "preflight"}
@@ -334,17 +334,15 @@ def plot(summary: dict[str, Any]) -> str:
         _draw_times(axes[1], rows)
         if summary["predictions"]:
             _draw_speedups(axes[2], summary, [row["drafts"] for row in rows if row["drafts"]])
-        figure.suptitle(
+        title = (
             f"{summary['model']}, {summary['method']}, {summary['topology']}, batch {summary['batch']}, context "
-            f"{summary['context']}: compiled, not run",
-            x=0.01,
-            ha="left",
-            fontsize=10.5,
+            f"{summary['context']}: compiled, not run"
         )
+        figure.suptitle(title, x=0.01, ha="left", fontsize=10.5)
         file = io.StringIO()
         metadata: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", metadata=metadata)
-    return file.getvalue()
+    return plots.Picture(file.getvalue(), figure, title)
 
 
 def _draw_memory(axes: Axes, summary: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
@@ -385,6 +383,7 @@ def _draw_speedups(axes: Axes, summary: dict[str, Any], drafts: Sequence[int]) -
         axes.plot(drafts, line["speedup"], color=colour, marker=marker, label=str(line["acceptance"]))
     axes.axhline(1, color="#1b1f24", linewidth=1, linestyle=(0, (4, 3)))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set(title="Speed-up, by acceptance of a draft", xlabel="drafts a round", ylabel="times plain decoding")
     axes.legend()
