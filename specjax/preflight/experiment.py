@@ -216,7 +216,7 @@ def read_topology(name: str) -> Topology:
             f"--topology={name!r}: libtpu, which compiles for TPUs, is not installed; "
             'pip install "specjax[preflight]" brings it (Linux only).'
         ) from error
-    # No TPU is looked for, and other processes may compile, too. Where there is none, libtpu complains until it is told.
+    # No TPU is looked for, and other processes may compile, too. Without one libtpu complains until it is told of one.
     told = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     if not any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0")):
         told |= {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
