@@ -1,5 +1,6 @@
 """Control flow inside compiled programs."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,11 +34,15 @@ def run_if(condition: jax.Array, run: Callable[[Any], tuple[Any, Any]], carry: A
         run: carry -> (a pytree of arrays, the new carry).
         carry: a pytree whose large arrays are updated in place.
     """
-    shapes, _ = jax.eval_shape(run, carry)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    branches = (lambda operand: operand, lambda operand: run(operand[1]))
-    result: tuple[Any, Any] = switch_in_place(condition.astype(jnp.int32), branches, (zeros, carry))
+    trips, nothing = condition.astype(jnp.int32), zero_outputs(run, carry)
+    result: tuple[Any, Any] = jax.lax.fori_loop(0, trips, lambda _, operand: run(operand[1]), (nothing, carry))
     return result
+
+
+def zero_outputs(run: Callable[[Any], tuple[Any, Any]], carry: Any) -> Any:
+    """The first of run(carry)'s two results with zeros everywhere, without running it."""
+    shapes, _ = jax.eval_shape(run, carry)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def narrowest_window(
@@ -51,8 +56,7 @@ def narrowest_window(
         num_needed: int32[], at most the largest width.
         carry: a pytree whose large arrays are updated in place.
     """
-    shapes, _ = jax.eval_shape(lambda carry: outputs(widths[-1], carry), carry)
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    empty = zero_outputs(functools.partial(outputs, widths[-1]), carry)
 
     def at_width(width):
         def run(operand):

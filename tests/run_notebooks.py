@@ -22,14 +22,8 @@ NAMES = "quickstart", "train_a_head", "read_the_step"
 LIMIT = 1800
 """Seconds after which a cell is given up."""
 
-KERNEL_ENVIRONMENT = {
-    # Said by tqdm, which others import, where Jupyter has no widgets; nothing here draws one.
-    "PYTHONWARNINGS": "ignore:IProgress not found",
-    # Without these libtpu says on standard error that it finds no TPU.
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
+# Said by tqdm, which others import, where Jupyter has no widgets; nothing here draws one.
+KERNEL_ENVIRONMENT = {"PYTHONWARNINGS": "ignore:IProgress not found"}
 
 
 def read(name: str) -> nbformat.NotebookNode:

@@ -91,6 +91,11 @@ def answer_of(pieces):
     return text.replace("↵\n", "\n").removesuffix("<|im_end|>")
 
 
+def kinds_shown(cells):
+    """For each cell the MIME types of each of its displays, but for plain text."""
+    return [[{*out.data} - {"text/plain"} for out in cell.outputs if "data" in out] for cell in cells]
+
+
 @every_notebook
 def test_notebooks_define_nothing(name):
     for cell in code_cells(read(name)):
@@ -135,12 +140,7 @@ def test_every_cell_runs(run, name):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert [out for cell in cells for out in cell.outputs if out.output_type == "error"] == []
     # What shows something in the full size does so here.
-    shown = [[{*out.get("data", {})} - {"text/plain"} for out in cell.outputs if "data" in out] for cell in cells]
-    before = [
-        [{*out.get("data", {})} - {"text/plain"} for out in cell.outputs if "data" in out]
-        for cell in code_cells(stored)
-    ]
-    assert shown == before
+    assert kinds_shown(cells) == kinds_shown(code_cells(stored))
 
 
 @pytest.mark.slow

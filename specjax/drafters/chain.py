@@ -21,16 +21,19 @@ class Choice(NamedTuple):
         token: int32[B].
         probs: float32[B, V], what it was drawn from; None where it was chosen.
         logit: float32[B], its own.
-        confidence: float32[B], the largest probability of the drafter's law at temperature 1.
+        likelihood: float32[B], that it and the drafts before it are accepted, as the drafter sees it: the product of
+            the largest probabilities of its laws up to here, at temperature 1.
     """
 
     token: jax.Array
     probs: jax.Array | None
     logit: jax.Array
-    confidence: jax.Array
+    likelihood: jax.Array
 
 
-def choose(logits: jax.Array, uniforms: jax.Array, sampling: SamplingState, sample: bool) -> Choice:
+def choose(
+    logits: jax.Array, uniforms: jax.Array, sampling: SamplingState, sample: bool, likelihood: jax.Array | float
+) -> Choice:
     """A token for each row.
 
     Args:
@@ -38,6 +41,7 @@ def choose(logits: jax.Array, uniforms: jax.Array, sampling: SamplingState, samp
         uniforms: float32[B, 3].
         sample: draw from the law that the row's sampling parameters make of the logits; greedy rows take the best
             token all the same. False takes the best token for all rows.
+        likelihood: float32[B], of the drafts before; 1 where there are none.
     """
     axis = vocab_axis(logits.shape[-1])
 
@@ -53,7 +57,8 @@ def choose(logits: jax.Array, uniforms: jax.Array, sampling: SamplingState, samp
 
     law, row, num = ("batch", "vocab"), ("batch",), logits.shape[:1]
     inputs, outputs = (law, ("batch", None), row), ((row, num), (law, logits.shape), (row, num), (row, num))
-    return Choice(*per_device(local, inputs, outputs, logits, uniforms, sampling.truncation))
+    token, probs, logit, confidence = per_device(local, inputs, outputs, logits, uniforms, sampling.truncation)
+    return Choice(token, probs, logit, likelihood * confidence)
 
 
 def widen(choice: Choice, token_of: jax.Array, vocab_size: int) -> Choice:
@@ -76,13 +81,12 @@ def draft_if_likely(
 
 
 def proposal(choices: Choice, threshold: float) -> Proposal:
-    """A round's drafts, each row's up to where the product of confidences falls below the threshold.
+    """A round's drafts, each row's up to where their likelihood falls below the threshold.
 
     Whether a draft is proposed follows from its law and the drafts before it, not from its token, so what is proposed
     was drawn from the law that it comes with.
     """
-    likely = jnp.cumprod(choices.confidence, axis=1) >= threshold
-    tokens = jnp.where(likely, choices.token, NO_DRAFT) if threshold else choices.token
+    tokens = jnp.where(choices.likelihood >= threshold, choices.token, NO_DRAFT) if threshold else choices.token
     return Proposal(tokens, choices.probs, choices.logit)
 
 

@@ -50,9 +50,9 @@ def draft_model(
     def run(weights: DraftWeights, cache, tokens, start):
         return decoder.apply(config, weights.params, tokens, start, cache, with_logits=False)
 
-    def pick(weights: DraftWeights, final: jax.Array, uniforms: jax.Array, context: Context) -> Choice:
+    def pick(weights: DraftWeights, final: jax.Array, uniforms: jax.Array, context: Context, likelihood) -> Choice:
         head = weights.params["head"] if weights.columns is None else weights.columns
-        chosen = choose(project(final, head), uniforms, context.sampling, sample)
+        chosen = choose(project(final, head), uniforms, context.sampling, sample, likelihood)
         return chosen if weights.token_of is None else widen(chosen, weights.token_of, config.vocab_size)
 
     def propose(weights: DraftWeights, cache, context: Context):
@@ -63,19 +63,19 @@ def draft_model(
         out = run(weights, cache, window, start)
         last = jnp.take_along_axis(out.final, (context.length - 1 - start)[:, None, None], axis=1)[:, 0]
         uniforms = proposal_uniforms(context.sampling, context.length, G)
-        first = pick(weights, last, uniforms[:, 0], context)
+        first = pick(weights, last, uniforms[:, 0], context, 1.0)
 
         def draft_next(carry, depth):
             token, likelihood, cache = carry
 
             def draft(cache):
                 out = run(weights, cache, token[:, None], context.length + depth)
-                return pick(weights, out.final[:, 0], uniforms[:, depth + 1], context), out.cache
+                return pick(weights, out.final[:, 0], uniforms[:, depth + 1], context, likelihood), out.cache
 
             chosen, cache = draft_if_likely(likelihood, confidence_threshold, draft, cache)
-            return (chosen.token, likelihood * chosen.confidence, cache), chosen
+            return (chosen.token, chosen.likelihood, cache), chosen
 
-        carry = first.token, first.confidence, out.cache
+        carry = first.token, first.likelihood, out.cache
         (_, _, cache), rest = jax.lax.scan(draft_next, carry, jnp.arange(G - 1))
         choices = jax.tree.map(
             lambda head, tail: jnp.concatenate([head[:, None], jnp.moveaxis(tail, 0, 1)], axis=1), first, rest

@@ -115,7 +115,8 @@ def head(
 
         def pick(hidden: jax.Array) -> Choice:
             logits = network.logits(config, weights.head, weights.shared, hidden)
-            choice = choose(logits, uniforms[:, len(choices)], context.sampling, sample)
+            before = choices[-1].likelihood if choices else 1.0
+            choice = choose(logits, uniforms[:, len(choices)], context.sampling, sample, before)
             return choice if weights.token_of is None else widen(choice, weights.token_of, layer.vocab_size)
 
         def draft_next(feature: jax.Array, caches):
@@ -132,12 +133,11 @@ def head(
             return (pick(out.hidden[:, -1]), feature), (*caches[:block], cache, *caches[block + 1 :])
 
         choices.append(pick(state.hidden))
-        feature, caches, likelihood = state.recycled[0][:, None], state.caches, choices[0].confidence
+        feature, caches = state.recycled[0][:, None], state.caches
         while len(choices) < G:
             draft = functools.partial(draft_next, feature)
-            (choice, feature), caches = draft_if_likely(likelihood, confidence_threshold, draft, caches)
+            (choice, feature), caches = draft_if_likely(choices[-1].likelihood, confidence_threshold, draft, caches)
             choices.append(choice)
-            likelihood *= choice.confidence
         drafts = proposal(jax.tree.map(lambda *rows: jnp.stack(rows, axis=1), *choices), confidence_threshold)
         able = context.length >= max(2, num_blocks)  # the last block's pairs begin num_blocks tokens back
         if max_model_len is not None:

@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from specjax.control import switch_in_place
+from specjax.control import switch_in_place, zero_outputs
 from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal
 
 PERIOD = 64
@@ -113,8 +113,7 @@ def paced(drafters: Sequence[Drafter], feature_width: int, dtype: jnp.dtype) -> 
 
             return run
 
-        shapes, _ = jax.eval_shape(with_drafts(largest), (None, state.inner))
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        nothing = zero_outputs(with_drafts(largest), (None, state.inner))
         nothing = nothing._replace(tokens=jnp.full_like(nothing.tokens, NO_DRAFT))
         branches = (_same, *map(with_drafts, drafters))
         proposal, inner = switch_in_place(choice, branches, (nothing, state.inner))

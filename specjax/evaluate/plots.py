@@ -1,4 +1,4 @@
-"""Plots of reports and notebooks: numbers come in, nothing is computed here but layout."""
+"""Plots of reports and notebooks: nothing is computed here but layout."""
 
 import io
 import json
@@ -106,7 +106,7 @@ class Picture(str):
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
         """The image with two pixels to one of the page, and its width on the page."""
         file = io.BytesIO()
-        with _settings():
+        with style():
             self.figure.savefig(
                 file, format="png", dpi=2 * NOTEBOOK_DPI, facecolor="#ffffff", metadata={"Software": None}
             )
@@ -298,13 +298,14 @@ def of_report(workdir: str | os.PathLike[str], *sections: str) -> list[Picture]:
     return [part.draw(f"plot-{number}") for number, part in enumerate(parts)]  # type: ignore[misc]
 
 
-def _settings(prefix: str = "") -> Any:
+def style(prefix: str = "") -> Any:
+    """A context in which figures look alike; the ids in their SVG follow from the prefix."""
     settings: Any = SETTINGS | {"svg.hashsalt": prefix}
     return rc_context(settings)
 
 
 def _svg(prefix: str, title: str, height: float, draw: Callable[[Axes], None], legend: bool = False) -> Picture:
-    with _settings(prefix), warnings.catch_warnings():
+    with style(prefix), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names may be in any script
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.add_subplot()

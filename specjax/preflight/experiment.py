@@ -220,7 +220,8 @@ def read_topology(name: str) -> Topology:
     told = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     if not any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0")):
         told |= {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    os.environ.update({variable: os.environ.get(variable, value) for variable, value in told.items()})
+    for variable, value in told.items():
+        os.environ.setdefault(variable, value)
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except jax.errors.JaxRuntimeError as error:

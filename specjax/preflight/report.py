@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -326,8 +325,7 @@ def plot(summary: dict[str, Any]) -> plots.Picture:
     """Memory, time of a round and speed-ups, as an SVG file that notebooks show."""
     rows = summary["programs"]
     panels = 3 if summary["predictions"] else 2
-    settings: Any = plots.SETTINGS | {"svg.hashsalt": "preflight"}
-    with rc_context(settings):
+    with plots.style("preflight"):
         figure = Figure(figsize=(3.7 * panels, 3.4), layout="constrained")
         axes = figure.subplots(1, panels)
         _draw_memory(axes[0], summary, rows)
