@@ -84,40 +84,46 @@ def test_q_rows_are_not_left_in_the_order_of_the_gguf_file(smollm2_dir, gguf_pat
     np.testing.assert_array_equal(converted[32:64], rows[1:64:2])
 
 
-@pytest.mark.parametrize("category", ["code_editing", "translation"])
-def test_speculation_gives_the_text_of_plain_decoding(smollm2_dir, category):
-    target = specjax.load_target(smollm2_dir, dtype="float32")
+@pytest.fixture(scope="module")
+def target(smollm2_dir):
+    return specjax.load_target("smollm2-135m-instruct", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def plain(target):
+    """A decoder without drafts, that all comparisons share."""
+    return specjax.SpeculativeDecoder(target, max_batch_size=1)
+
+
+def compared(target, plain, config, category, max_tokens):
+    """What a method decodes of the first prompt of a category, after comparing it with plain decoding."""
+    prompt = next(prompt for prompt in load_prompts("built_in") if prompt.category == category).text
+    params = specjax.SamplingParams(max_tokens=max_tokens)
+    found = specjax.SpeculativeDecoder(target, config, max_batch_size=1).generate([prompt], params)
+    [theirs], [ours] = plain.generate([prompt], params).token_ids, found.token_ids
+    tokens = encode_prompt(target.tokenizer, prompt, chat=True)
+    assert compare_greedy(target, tokens, theirs, ours).kind in ("identical", "near_tie")
+    return found.metrics
+
+
+def test_copying_gives_the_text_of_plain_decoding(target, plain):
     config = specjax.SpeculativeConfig(
         method="ngram", num_speculative_tokens=6, prompt_lookup_min=3, prompt_lookup_max=5
     )
-    prompt = next(prompt for prompt in load_prompts("built_in") if prompt.category == category).text
-    params = specjax.SamplingParams(max_tokens=48)
-    plain = specjax.SpeculativeDecoder(target, max_batch_size=1).generate([prompt], params)
-    copied = specjax.SpeculativeDecoder(target, config, max_batch_size=1).generate([prompt], params)
-    tokens = encode_prompt(target.tokenizer, prompt, chat=True)
-    assert compare_greedy(target, tokens, plain.token_ids[0], copied.token_ids[0]).kind in ("identical", "near_tie")
-    assert copied.metrics.accepted > 0
+    assert compared(target, plain, config, "translation", max_tokens=48).accepted > 0
 
 
-def test_it_knows_the_capital_of_france(smollm2_dir):
-    target = specjax.load_target(smollm2_dir)
-    result = specjax.SpeculativeDecoder(target).generate("What is the capital of France?")
+def test_it_knows_the_capital_of_france(plain):
+    result = plain.generate("What is the capital of France?")
     assert "Paris" in result.texts[0] and result.finish_reasons == ["stop"]
 
 
 @pytest.mark.parametrize("name", sorted(shipped()))
-def test_a_shipped_drafter_is_found_by_itself_and_keeps_the_text(smollm2_dir, name):
+def test_a_shipped_drafter_is_found_by_itself_and_keeps_the_text(target, plain, name):
     """Greedy text is plain decoding's, near-ties aside, and rounds commit clearly more than one token."""
-    target = specjax.load_target("smollm2-135m-instruct", dtype="float32")
     method = method_of(name)
     config = specjax.SpeculativeConfig(method=method, model=name if method == "draft_model" else None)
-    prompts = [prompt.text for prompt in load_prompts("built_in") if prompt.category in ("writing", "roleplay")]
-    params = specjax.SamplingParams(max_tokens=64)
     with warnings.catch_warnings():
         warnings.simplefilter("error", specjax.DraftWarning)
-        found = specjax.SpeculativeDecoder(target, config).generate(prompts, params)
-    plain = specjax.SpeculativeDecoder(target).generate(prompts, params)
-    for prompt, ours, theirs in zip(prompts, found.token_ids, plain.token_ids, strict=True):
-        tokens = encode_prompt(target.tokenizer, prompt, chat=True)
-        assert compare_greedy(target, tokens, theirs, ours).kind in ("identical", "near_tie")
-    assert found.metrics.acceptance_length > 1.4
+        metrics = compared(target, plain, config, "roleplay", max_tokens=96)
+    assert metrics.acceptance_length > 1.4
