@@ -109,6 +109,12 @@ def test_the_installed_command_runs_in_a_process_of_its_own(model, tmp_path):
     assert done.stdout.strip() and "Traceback" not in done.stderr
 
 
+def test_importing_the_package_imports_neither_transformers_nor_torch():
+    program = "import sys, specjax.cli; print(sorted({'transformers', 'torch'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
 def test_every_shipped_config_builds_and_documents_itself():
     import importlib
 

@@ -8,17 +8,15 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
-from transformers import AutoConfig
 
-from specjax.checkpoints import hf, speculators
-from specjax.checkpoints.speculators import SpeculatorModelConfig
+from specjax.checkpoints import hf
 from specjax.errors import CheckpointError, ConfigError
 from specjax.heads import config as heads
 from specjax.heads import network
@@ -26,6 +24,11 @@ from specjax.heads.config import HeadConfig
 from specjax.sharding import fetch
 from specjax.target import decoder
 from specjax.target.families import ModelConfig, RopeScaling, from_hf
+
+# The speculators format is transformers' configs, whose import takes longer than all others; functions that need it
+# import it, so that `import specjax` does not.
+if TYPE_CHECKING:
+    from specjax.checkpoints.speculators import SpeculatorModelConfig, SpeculatorsConfig
 
 
 class LoadedHead(NamedTuple):
@@ -42,7 +45,7 @@ class LoadedHead(NamedTuple):
 
     config: HeadConfig
     params: network.Params
-    speculator: SpeculatorModelConfig | None = None
+    speculator: "SpeculatorModelConfig | None" = None
     vocabulary: np.ndarray | None = None
     num_speculative_tokens: int | None = None
 
@@ -255,8 +258,10 @@ def _foreign(names: Sequence[str], dialect: Names, num_layers: int) -> tuple[str
 
 def _describe(
     config: dict, tensors: hf.Tensors, target: ModelConfig
-) -> tuple[HeadConfig, Names, SpeculatorModelConfig | None]:
+) -> "tuple[HeadConfig, Names, SpeculatorModelConfig | None]":
     """What a checkpoint's config.json and tensors say that the head is."""
+    from specjax.checkpoints.speculators import SpeculatorModelConfig
+
     method = _method(config, tuple(tensors.where))
     speculator = None
     if "speculators_model_type" in config:
@@ -495,7 +500,7 @@ def _read_vocabulary(tensors: hf.Tensors, head: HeadConfig) -> np.ndarray | None
     return ids.astype(np.int32) if head.reduced else None
 
 
-def _num_speculative_tokens(speculator: SpeculatorModelConfig | None) -> int | None:
+def _num_speculative_tokens(speculator: "SpeculatorModelConfig | None") -> int | None:
     details = speculator.speculators_config if speculator else None
     methods = details.proposal_methods if details else []
     return next((method.speculative_tokens for method in methods if hasattr(method, "speculative_tokens")), None)
@@ -604,7 +609,7 @@ def write_head(
 
 
 def _publish(
-    directory: Path, tensors: dict[str, np.ndarray], config: SpeculatorModelConfig, token_map: np.ndarray | None
+    directory: Path, tensors: dict[str, np.ndarray], config: "SpeculatorModelConfig", token_map: np.ndarray | None
 ) -> Path:
     """Writes tensors, config and token map under another name and renames them."""
     ours = {"config.json", "model.safetensors", TOKEN_MAP}
@@ -647,6 +652,8 @@ def write_draft_model(
     Raises:
         ConfigError: a directory that holds something else.
     """
+    from specjax.checkpoints import speculators
+
     layer = to_hf(config) | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
     speculator = _greedy_chain("independent", 4, target_name, [])
     written = speculators.IndependentSpeculatorConfig(**layer, speculators_config=speculator)
@@ -700,12 +707,16 @@ def _check_vocabulary(head: HeadConfig, vocabulary: np.ndarray | None) -> None:
 
 def speculator_config(
     head: HeadConfig, target_name: str | None, architectures: Sequence[str], num_speculative_tokens: int
-) -> SpeculatorModelConfig:
+) -> "SpeculatorModelConfig":
     """The config.json of a head in the speculators format.
 
     Raises:
         ConfigError: a field that the format cannot express.
     """
+    from transformers import AutoConfig
+
+    from specjax.checkpoints import speculators
+
     layer = to_hf(head.layer)
     common: dict[str, Any] = {
         "transformer_layer_config": AutoConfig.for_model(layer.pop("model_type"), **layer),
@@ -737,7 +748,9 @@ def speculator_config(
 
 def _greedy_chain(
     algorithm: str, num_speculative_tokens: int, target_name: str | None, architectures: Sequence[str]
-) -> speculators.SpeculatorsConfig:
+) -> "SpeculatorsConfig":
+    from specjax.checkpoints import speculators
+
     return speculators.SpeculatorsConfig(
         algorithm=algorithm,
         proposal_methods=[speculators.GreedyTokenProposalConfig(speculative_tokens=num_speculative_tokens)],
@@ -752,6 +765,8 @@ def to_hf(layer: ModelConfig) -> dict[str, Any]:
     Raises:
         ConfigError: there are none.
     """
+    from transformers import AutoConfig
+
     windowed = sorted({window for window in layer.sliding_windows if window is not None})
     if layer.qk_norm:
         model_type = "qwen3"
