@@ -1,5 +1,6 @@
 """The specjax command: generate, evaluate, report, train and their kin, most driven by a config file."""
 
+import ast
 import contextlib
 import sys
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ commands:
                                                       --topology=v6e:2x2 [--workdir=DIR]
 
 A config is a Python file with get_config(); those that come with SpecJAX can be named without path and ending.
-specjax COMMAND --help lists the options of a command.
+specjax COMMAND --help lists the options and configs of a command.
 """
 
 INTERRUPTED = 130
@@ -331,10 +332,7 @@ def parse(command: str, arguments: list[str], options: dict[str, str]) -> tuple[
     for name, help_text in options.items():
         flags.DEFINE_string(name, None, help_text, flag_values=values)
     if any(argument in ("-h", "--help") for argument in arguments):
-        shown = "\n".join(f"  --{name}  {text}" for name, text in options.items())
-        print(f"usage: specjax {command} --config=FILE [--config.FIELD=VALUE ...]\n\noptions:\n{shown}\n")
-        print(f"shipped configs: {', '.join(shipped_configs())}")
-        print("The fields of a config are explained in its file.")
+        _print_help(command, resolved[1:], options)
         return None, {}
     try:
         rest = values(resolved)
@@ -345,6 +343,27 @@ def parse(command: str, arguments: list[str], options: dict[str, str]) -> tuple[
     if values.config is None:
         raise ConfigError(f"--config: is missing; expected a file, or one of {', '.join(shipped_configs())}.")
     return values.config, {name: values[name].value for name in options}
+
+
+def _print_help(command: str, arguments: list[str], options: dict[str, str]) -> None:
+    """Says what a command does, takes and reads; or shows the config that arguments name, which explains its fields."""
+    named = [argument.partition("=")[2] for argument in arguments if argument.startswith(("--config=", "-config="))]
+    if named:
+        print(f"# {named[0]}\n{Path(named[0]).read_text(encoding='utf-8')}", end="")
+        return
+    print(
+        f"usage: specjax {command} --config=FILE [--config.FIELD=VALUE ...]\n\n{COMMANDS[command].__doc__}\n\noptions:"
+    )
+    print("  --config  A Python file with get_config(), or the name of one that comes with SpecJAX. Required.")
+    for name, about in options.items():
+        print(f"  --{name}  {about}")
+    print(f"\nconfigs that come with SpecJAX, in {resources.files('specjax.configs')}:")
+    names = [name for name in shipped_configs() if name.startswith(CONFIGS_OF[command])]
+    width = max(len(name) for name in names)
+    for name in names:
+        source = resources.files("specjax.configs").joinpath(f"{name}.py").read_text(encoding="utf-8")
+        print(f"  {name:{width}}  {(ast.get_docstring(ast.parse(source)) or '').partition(chr(10))[0]}")
+    print(f"\nspecjax {command} --config=NAME --help shows a config, which explains its fields.")
 
 
 def shipped_configs() -> list[str]:
@@ -401,6 +420,11 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": run_train,
     "export": run_export,
     "preflight": run_preflight,
+}
+
+# What the names of its configs begin with.
+CONFIGS_OF = {"evaluate": "eval", "benchmark": "bench"} | {
+    name: name for name in ("generate", "respond", "train", "preflight")
 }
 
 if __name__ == "__main__":

@@ -40,11 +40,24 @@ def test_a_shipped_config_is_found_by_name_from_any_folder(name, tmp_path, monke
     assert os.path.isfile(cli.config_path(name))
 
 
-@pytest.mark.parametrize("command", ["generate", "evaluate", "benchmark"])
-def test_help_lists_options_and_shipped_configs(command, capsys):
+@pytest.mark.parametrize("command", cli.CONFIGS_OF)
+def test_help_lists_options_and_the_configs_of_the_command(command, capsys):
     assert cli.main([command, "--help"]) == 0
     out = capsys.readouterr().out
-    assert "--config" in out and "eval_smollm2" in out
+    assert "--config" in out and cli.COMMANDS[command].__doc__ in out
+    listed = [name for name in cli.shipped_configs() if f"  {name}  " in out]
+    assert listed and all(name.startswith(cli.CONFIGS_OF[command]) for name in listed)
+
+
+def test_every_config_is_listed_by_one_command():
+    for name in cli.shipped_configs():
+        assert sum(name.startswith(prefix) for prefix in cli.CONFIGS_OF.values()) == 1
+
+
+def test_help_shows_a_config_and_its_fields(capsys):
+    assert cli.main(["generate", "--config=generate_smollm2", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "Command:" in out and "config.sampling" in out
 
 
 def test_no_command_prints_the_usage_and_fails(capsys):
