@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental.layout import Format, Layout
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from specjax.cache import KVCache
 from specjax.config import MeshConfig
@@ -36,6 +37,10 @@ RULES: dict[str, str | tuple[str, ...]] = {
 
 CACHE = ("batch", "kv_heads", None, None)
 LOGITS = ("batch", None, "vocab")
+
+
+Place = Sharding | Format
+"""Which devices an array lies on, and in which order of axes."""
 
 
 def read_mesh(fields: Mapping[str, Any] | None) -> MeshConfig | None:
@@ -116,30 +121,53 @@ def _split(axis: str | None, size: int, mesh: Any) -> str | tuple[str, ...] | No
     return rule if size % parts == 0 else None
 
 
-def param_shardings(shapes: Any, axes: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for each weight.
+def param_places(shapes: Any, axes: Any, mesh: Mesh | None, whole: bool = False) -> Any:
+    """Where each weight lies: a sharding, or on TPUs for some a Format with one; None where that is no matter.
 
     Args:
         shapes, axes: as param_shapes and param_axes of a network give them.
+        mesh: None for one device.
+        whole: every device gets all of each weight.
     """
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    if mesh is None and not _is_tiled(device):
+        return None
 
-    def of(shape: Any, names: PartitionSpec) -> NamedSharding:
+    def of(shape: Any, names: PartitionSpec) -> Place:
         logical = tuple(names) + (None,) * (len(shape.shape) - len(names))
-        return NamedSharding(mesh, spec(logical, shape.shape, mesh))
+        parts = PartitionSpec() if whole or mesh is None else spec(logical, shape.shape, mesh)
+        sharding = SingleDeviceSharding(device) if mesh is None else NamedSharding(mesh, parts)
+        return Format(Layout(_tiled_order(logical)), sharding) if _is_tiled(device) else sharding
 
     return jax.tree.map(of, shapes, axes)
 
 
-def placed(params: Any, shapes: Any, axes: Any, mesh: Mesh, whole: bool = False) -> Any:
-    """Weights on a mesh, split by its rules, or with whole all of them on every device. shapes, axes: as above."""
-    if whole:
-        return jax.tree.map(lambda x: put(x, NamedSharding(mesh, PartitionSpec())), params)
-    return jax.tree.map(put, params, param_shardings(shapes, axes, mesh))
+def _is_tiled(device: jax.Device) -> bool:
+    """Whether a device's memory is tiled, so that the order of axes matters."""
+    return device.platform == "tpu"
 
 
-def put(array: Any, where: Any) -> jax.Array:
+def _tiled_order(axes: Sequence[str | None]) -> tuple[int, ...]:
+    """Axes from the slowest to the fastest in a TPU's memory, which is tiled over the last two of them.
+
+    A kernel [in, ..., out] lies as [..., in, out]: those between are short (gate and up, the heads of a group). In the
+    order that they are named in they would be padded, and the compiler would copy all such kernels in every call.
+    """
+    order = tuple(range(len(axes)))
+    return order[1:-1] + (0, order[-1]) if len(axes) > 2 and axes[0] == "width" else order
+
+
+def placed(params: Any, shapes: Any, axes: Any, mesh: Mesh | None, whole: bool = False) -> Any:
+    """Weights where they lie. See param_places."""
+    places = param_places(shapes, axes, mesh, whole)
+    return params if places is None else jax.tree.map(put, params, places)
+
+
+def put(array: Any, where: Place) -> jax.Array:
     """An array at a place that may be other processes' too, each of which has the whole and sends its devices parts."""
-    if where.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
+    sharding = where.sharding if isinstance(where, Format) else where
+    assert isinstance(sharding, Sharding)  # Format allows for None
+    if sharding.is_fully_addressable or (isinstance(array, jax.Array) and not array.is_fully_addressable):
         return jax.device_put(array, where)
     whole = np.asarray(array)
     return jax.make_array_from_callback(whole.shape, where, lambda part: whole[part])

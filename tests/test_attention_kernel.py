@@ -208,7 +208,7 @@ def lowered(chip, window, mesh=None, kv_heads=2):
         place = jax.sharding.SingleDeviceSharding(chip.devices[0])
         places = jax.tree.map(lambda _: place, (shapes, tokens, start, cache))
     else:
-        weights = sharding.param_shardings(shapes, decoder.param_axes(config), mesh)
+        weights = sharding.param_places(shapes, decoder.param_axes(config), mesh)
         places = weights, *sharding.state_shardings((tokens, start, cache), mesh)
     arguments = jax.tree.map(
         lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), (shapes, tokens, start, cache), places

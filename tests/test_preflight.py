@@ -1,7 +1,9 @@
 """specjax preflight: its numbers against what can be computed by hand, its refusals, and what does not fit."""
 
+import importlib
 import json
 import types
+from importlib import resources
 
 import jax
 import pytest
@@ -101,6 +103,20 @@ def test_the_compiler_counts_no_less_and_aliases_both_caches(found):
         assert caches <= memory["aliased"] <= memory["outputs"] <= memory["aliased"] + 4096
         assert memory["arguments"] >= summary["weights"]["target"] + caches
         assert memory["headroom"] == pytest.approx(CHIPS["v6e"].hbm_bytes - memory["total"], abs=1)
+
+
+def test_weights_lie_as_the_rounds_read_them(tmp_path):
+    """A copy of them before the rounds would take a call's time and, while it runs, as much memory again."""
+    fields = json.loads((resources.files("specjax.preflight") / "models" / "llama31_8b" / "config.json").read_text())
+    fields |= {"num_hidden_layers": 2, "vocab_size": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config = importlib.import_module("specjax.configs.preflight_llama31_8b_eagle3").get_config()
+    config.model, config.head.draft_vocab_size = str(tmp_path), 2048
+    config.head.taps = (0, 1, 2)
+    planned = plan(Preflight.from_config(config), read_topology("v6e:2x2"))
+    compiled = compiling.compile_program(planned, 2)
+    weights = compiling.device_bytes(compiled.params)
+    assert weights > 400e6 and compiled.round.copied["params"] < 0.02 * weights
 
 
 def test_no_weights_logits_or_caches_cross_devices(found):

@@ -137,3 +137,20 @@ def test_weights_are_sent_to_their_places_as_they_are_read(tmp_path, monkeypatch
     jax.tree.map(np.testing.assert_array_equal, split.params, whole.params)
     places = {x.sharding.mesh for x in jax.tree.leaves(split.params)}
     assert places == {split.mesh}
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig()])
+def test_where_memory_is_tiled_kernels_lie_with_long_axes_last(mesh, tmp_path, monkeypatch):
+    import tiny
+
+    directory = tiny.write_directory(tmp_path / "model", tiny.hf_config("llama-tied", vocab_size=96))
+    usual = specjax.load_target(directory, dtype="float32")
+    monkeypatch.setattr(sharding, "_is_tiled", lambda device: True)
+    target = specjax.load_target(directory, dtype="float32", mesh=mesh)
+    order = {name: array.format.layout.major_to_minor for name, array in target.params["layer_0"].items()}
+    assert order["qkv"] == (1, 2, 0, 3) and order["gate_up"] == (1, 0, 2)
+    assert all(found == tuple(range(len(found))) for name, found in order.items() if name not in ("qkv", "gate_up"))
+    config = specjax.SpeculativeConfig(method="draft_model", assistant_early_exit=1, num_speculative_tokens=2)
+    params = specjax.SamplingParams(max_tokens=8)
+    found = specjax.SpeculativeDecoder(target, config).generate([[3, 1, 4]], params)
+    assert found.token_ids == specjax.SpeculativeDecoder(usual).generate([[3, 1, 4]], params).token_ids

@@ -47,20 +47,20 @@ def _read_json_object(path: Path) -> dict:
     return value
 
 
-def read_params(directory: Path, config: ModelConfig, dtype: jnp.dtype, shardings: Any = None) -> decoder.Params:
+def read_params(directory: Path, config: ModelConfig, dtype: jnp.dtype, places: Any = None) -> decoder.Params:
     """The weights of a directory in the decoder's own layout.
 
     Every tensor's name and shape is checked before it is used. The host holds one weight at a time.
 
     Args:
-        shardings: where each weight goes; None for the first device.
+        places: where each weight goes; None for the first device.
 
     Raises:
         CheckpointError: names tensors that are missing, left over or of the wrong shape or type, and files that
             are absent or truncated.
     """
     with Tensors(directory) as tensors:
-        params = read_entries(tensors, model_entries(config), dtype, shardings)
+        params = read_entries(tensors, model_entries(config), dtype, places)
         if config.tied_head and "lm_head.weight" in tensors.where:
             _check_tied_head(tensors, config)
         tensors.check_all_taken(HEAD_PREFIXES)
@@ -283,16 +283,16 @@ def _check_tied_head(tensors: Tensors, config: ModelConfig) -> None:
         )
 
 
-def read_entries(tensors: Tensors, entries: Iterable[Entry], dtype: jnp.dtype, shardings: Any = None) -> decoder.Params:
+def read_entries(tensors: Tensors, entries: Iterable[Entry], dtype: jnp.dtype, places: Any = None) -> decoder.Params:
     """The weights that entries describe, as a nested dict; each goes to its place as it is read."""
     params: decoder.Params = {}
     for entry in entries:
         parts = (tensors.take(name, shape) for name, shape in zip(entry.names, entry.shapes, strict=True))
         array = entry.read(*parts)
-        if shardings is None:
+        if places is None:
             _put(params, entry.path, jnp.asarray(array, dtype))
         else:  # each device is sent its part of the converted array, and no device the whole
-            where = functools.reduce(operator.getitem, entry.path, shardings)
+            where = functools.reduce(operator.getitem, entry.path, places)
             _put(params, entry.path, put(array.astype(dtype), where))
     return params
 

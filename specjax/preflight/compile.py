@@ -25,7 +25,7 @@ from specjax.heads import network
 from specjax.heads.config import HeadConfig
 from specjax.preflight.experiment import Preflight, Topology
 from specjax.preflight.hlo import Round
-from specjax.sharding import make_mesh, param_shardings, state_shardings
+from specjax.sharding import make_mesh, param_places, state_shardings
 from specjax.step import DecodeState, Params, System
 from specjax.target import decoder
 from specjax.target.families import ModelConfig
@@ -118,7 +118,7 @@ def shapes(plan: Plan, drafts: int) -> tuple[Programs, Params, DecodeState]:
     """The programs of a number of drafts, and the arrays that they would be called with."""
     model, dtype, mesh, experiment = plan.model, plan.dtype, plan.mesh, plan.experiment
     found = decoder.param_shapes(model, dtype)
-    target = _placed(found, param_shardings(found, decoder.param_axes(model), mesh))
+    target = _placed(found, param_places(found, decoder.param_axes(model), mesh))
     drafter, drafter_params = _drafter(plan, drafts, target)
     method = experiment.method
     _, rule = build_rule(method.model_copy(update={"num_speculative_tokens": drafts}) if method and drafts else None)
@@ -142,10 +142,8 @@ def _drafter(plan: Plan, drafts: int, target: Any) -> tuple[Drafter, Any]:
         assert shortest is not None and longest is not None  # validated
         return ngram(drafts, shortest, longest), ()
     found = network.param_shapes(config, plan.dtype)
-    if method.draft_tensor_parallel_size == 1:
-        own = jax.tree.map(lambda x: _everywhere(x.shape, x.dtype, plan.mesh), found)
-    else:
-        own = _placed(found, param_shardings(found, network.param_axes(config), plan.mesh))
+    whole = method.draft_tensor_parallel_size == 1
+    own = _placed(found, param_places(found, network.param_axes(config), plan.mesh, whole))
     vocabulary = _everywhere((config.draft_vocab_size,), jnp.int32, plan.mesh) if config.reduced else None
     weights = HeadWeights(own, network.Shared(target["embedding"], target["head"]), vocabulary)  # type: ignore[arg-type]
     sample = method.draft_sample_method == "probabilistic"
