@@ -2,7 +2,7 @@
 
 Command:   specjax preflight --config=configs/preflight_qwen3_8b_eagle3.py --topology=v6e:2x2 --workdir=DIR
 Minutes:   7 on two busy cores, by the 2 min 39 that plain decoding and K = 4 took (--config.drafts="(4,)").
-Expected:  7.8 of 31.2 GiB a chip at K = 4, caches aliased in full, 1.17 x the roofline plainly and 1.13 x with drafts,
+Expected:  5.9 of 31.2 GiB a chip at K = 4, caches aliased in full, 1.16 x the roofline plainly and 1.13 x with drafts,
            a round at K = 4 1.15 times a plain step.
 """
 
