@@ -1,8 +1,10 @@
 """Trains an MTP head for SmolLM2-135M-Instruct on the target's own answers.
 
 Command:   specjax train --config=configs/train_mtp_smollm2.py --workdir=DIR
-Minutes:   not measured to the end yet.
-Expected:  not measured to the end yet.
+Minutes:   74 on two cores with AMX and --config.compute_dtype=bfloat16, other jobs beside it, once the target's states
+           are there (train_eagle3_smollm2 says more).
+Expected:  held-out accuracy of the four drafts 0.62 0.53 0.51 0.50, 2.4 tokens a round of at most 5, from 771,000
+           answered tokens. The head that comes along went on from there; its card says how.
 """
 
 from ml_collections import ConfigDict
@@ -19,5 +21,6 @@ def get_config() -> ConfigDict:
     )
     # The loss looks at the most frequent tokens; a step over all 49,152 takes several times longer.
     config.loss_vocab_size = 8192
-    config.loss.step_decay = 0.6
+    config.steps = 1600
+    config.unroll = ((0, 1), (1200, 4))
     return config
