@@ -361,8 +361,9 @@ def _print_help(command: str, arguments: list[str], options: dict[str, str]) -> 
     names = [name for name in shipped_configs() if name.startswith(CONFIGS_OF[command])]
     width = max(len(name) for name in names)
     for name in names:
-        source = resources.files("specjax.configs").joinpath(f"{name}.py").read_text(encoding="utf-8")
-        print(f"  {name:{width}}  {(ast.get_docstring(ast.parse(source)) or '').partition(chr(10))[0]}")
+        docstring = ast.get_docstring(ast.parse(Path(config_path(name)).read_text(encoding="utf-8"))) or ""
+        about, _, _ = docstring.partition("\n")
+        print(f"  {name:{width}}  {about}")
     print(f"\nspecjax {command} --config=NAME --help shows a config, which explains its fields.")
 
 

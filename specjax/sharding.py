@@ -121,8 +121,13 @@ def _split(axis: str | None, size: int, mesh: Any) -> str | tuple[str, ...] | No
     return rule if size % parts == 0 else None
 
 
+def has_places(mesh: Mesh | None) -> bool:
+    """Whether it matters where weights lie: on a mesh, and in tiled memory."""
+    return mesh is not None or _is_tiled(jax.devices()[0])
+
+
 def param_places(shapes: Any, axes: Any, mesh: Mesh | None, whole: bool = False) -> Any:
-    """Where each weight lies: a sharding, or on TPUs for some a Format with one; None where that is no matter.
+    """Where each weight lies: a sharding, or in tiled memory a Format with one.
 
     Args:
         shapes, axes: as param_shapes and param_axes of a network give them.
@@ -130,8 +135,6 @@ def param_places(shapes: Any, axes: Any, mesh: Mesh | None, whole: bool = False)
         whole: every device gets all of each weight.
     """
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-    if mesh is None and not _is_tiled(device):
-        return None
 
     def of(shape: Any, names: PartitionSpec) -> Place:
         logical = tuple(names) + (None,) * (len(shape.shape) - len(names))
@@ -159,8 +162,7 @@ def _tiled_order(axes: Sequence[str | None]) -> tuple[int, ...]:
 
 def placed(params: Any, shapes: Any, axes: Any, mesh: Mesh | None, whole: bool = False) -> Any:
     """Weights where they lie. See param_places."""
-    places = param_places(shapes, axes, mesh, whole)
-    return params if places is None else jax.tree.map(put, params, places)
+    return jax.tree.map(put, params, param_places(shapes, axes, mesh, whole))
 
 
 def put(array: Any, where: Place) -> jax.Array:

@@ -3,7 +3,6 @@
 import importlib
 import json
 import types
-from importlib import resources
 
 import jax
 import pytest
@@ -107,7 +106,7 @@ def test_the_compiler_counts_no_less_and_aliases_both_caches(found):
 
 def test_weights_lie_as_the_rounds_read_them(tmp_path):
     """A copy of them before the rounds would take a call's time and, while it runs, as much memory again."""
-    fields = json.loads((resources.files("specjax.preflight") / "models" / "llama31_8b" / "config.json").read_text())
+    fields = json.loads((experiment.MODELS / "llama31_8b" / "config.json").read_text())
     fields |= {"num_hidden_layers": 2, "vocab_size": 4096}
     (tmp_path / "config.json").write_text(json.dumps(fields))
     config = importlib.import_module("specjax.configs.preflight_llama31_8b_eagle3").get_config()

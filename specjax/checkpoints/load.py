@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from specjax.checkpoints import hf, pretrained
 from specjax.config import MeshConfig
 from specjax.errors import CheckpointError, ConfigError
-from specjax.sharding import make_mesh, param_places, placed
+from specjax.sharding import has_places, make_mesh, param_places, placed
 from specjax.target import decoder
 from specjax.target.families import ModelConfig, from_hf
 from specjax.tokenizer import load_tokenizer, stop_token_ids
@@ -87,7 +87,9 @@ def load_target(
     directory = pretrained.resolve(name_or_path, revision)
     config = from_hf(hf.read_config(directory))
     made = None if mesh is None else make_mesh(mesh, config)
-    places = param_places(decoder.param_shapes(config), decoder.param_axes(config), made)
+    places = None
+    if has_places(made):
+        places = param_places(decoder.param_shapes(config), decoder.param_axes(config), made)
     params = hf.read_params(directory, config, dtype, places)
     tokenizer = load_tokenizer(directory) if any(directory.glob("tokenizer*")) else None
     if tokenizer is not None and len(tokenizer) > config.vocab_size:

@@ -28,7 +28,7 @@ from specjax.drafters.plain import plain
 from specjax.errors import AssetError, ConfigError, DraftWarning
 from specjax.heads import network
 from specjax.heads.network import Shared
-from specjax.sharding import num_parts, placed
+from specjax.sharding import has_places, num_parts, placed
 
 
 def build_drafter(config: SpeculativeConfig | None, target: Target) -> tuple[Drafter, Any]:
@@ -110,8 +110,10 @@ def _head(config: SpeculativeConfig, target: Target) -> Method:
         )
     token_of = None if ids is None else jnp.asarray(ids)
     shared = Shared(target.params["embedding"], columns)
-    shapes, axes = network.param_shapes(loaded.config), network.param_axes(loaded.config)
-    params = placed(loaded.params, shapes, axes, target.mesh, _whole(config, target))
+    params, whole = loaded.params, _whole(config, target)
+    if has_places(target.mesh):
+        shapes, axes = network.param_shapes(loaded.config), network.param_axes(loaded.config)
+        params = placed(params, shapes, axes, target.mesh, whole)
     weights = HeadWeights(params, shared, token_of)
     check_fit(loaded.config, weights, target, name)
     limit = _checked_limit(config, target.config.max_position, "the target's context")
@@ -146,7 +148,9 @@ def _drafted(
         raise ConfigError(f"{where}: expected a list of different token ids, each from 0 to {V - 1}.")
     tokens = np.sort(np.array(ids, np.int32))
     columns = head[:, tokens]
-    return tokens, placed(columns, columns, PartitionSpec("width", "vocab"), target.mesh)
+    if has_places(target.mesh):
+        columns = placed(columns, columns, PartitionSpec("width", "vocab"), target.mesh)
+    return tokens, columns
 
 
 def _whole(config: SpeculativeConfig, target: Target) -> bool:
