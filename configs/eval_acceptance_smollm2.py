@@ -13,20 +13,10 @@ from specjax.configs import eval_smollm2
 
 def get_config() -> ConfigDict:
     """See the module's docstring; configs/eval_smollm2.py comments on the fields."""
-    config = ConfigDict()
-    config.target = "smollm2-135m-instruct"
-    config.dtype = "float32"
-    config.mesh = ConfigDict({"data": 1, "model": 1})
-    config.distributed = eval_smollm2.get_config().distributed
-    config.prompts = "built_in"
-    config.chat = True
-    config.num_prompts = 0
-    config.categories = ()
+    config = eval_smollm2.get_config()
     config.repeats = 1
-    config.batch_size = 1
-    config.sampling = ConfigDict(
-        {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 128, "seed": 0}
-    )
+    config.sampling.temperature = 1.0
+    config.sampling.max_tokens = 128
     drafter = {"method": "draft_model", "assistant_early_exit": 28, "num_speculative_tokens": 4}
     rules = "residual", "block", "typical-acceptance"
     config.methods = ConfigDict({rule: {**drafter, "rejection_sampling_strategy": rule} for rule in rules})

@@ -44,11 +44,13 @@ def get_config() -> ConfigDict:
     config.repeats = 2
     # 1 decodes prompt by prompt; more decode that many rows by continuous batching.
     config.batch_size = 1
-    # Fields of SamplingParams, the same for all methods. Texts are compared only at temperature 0.
+    # Fields of SamplingParams, the same for all methods; others can replace them. Texts are compared only at
+    # temperature 0.
     config.sampling = ConfigDict(
         {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 128, "seed": 0}
     )
-    # Name -> fields of SpeculativeConfig. Plain decoding is always measured beside them.
+    # Name -> fields of SpeculativeConfig. Plain decoding is always measured beside them. To measure others, replace
+    # these: --config.methods="{'four': {'method': 'eagle3', 'num_speculative_tokens': 4}}".
     config.methods = ConfigDict(
         {
             "ngram": {

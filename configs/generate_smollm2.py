@@ -22,7 +22,8 @@ def get_config() -> ConfigDict:
     config.distributed = eval_smollm2.get_config().distributed
     # Whether the prompt goes through the model's chat template.
     config.chat = True
-    # Fields of SpeculativeConfig; --config.speculative.method="" decodes plainly.
+    # Fields of SpeculativeConfig; --config.speculative.method="" decodes plainly. With other fields than these replace
+    # them all: --config.speculative="{'method': 'eagle3', 'num_speculative_tokens': 'auto'}".
     config.speculative = ConfigDict(
         {
             "method": "ngram",
@@ -32,7 +33,7 @@ def get_config() -> ConfigDict:
             "rejection_sampling_strategy": "residual",
         }
     )
-    # Fields of SamplingParams; temperature 0 is greedy, top_k 0, top_p 1 and min_p 0 are off.
+    # Fields of SamplingParams; temperature 0 is greedy, top_k 0, top_p 1 and min_p 0 are off. Others can replace them.
     config.sampling = ConfigDict(
         {
             "temperature": 0.0,

@@ -18,7 +18,8 @@ def get_config() -> ConfigDict:
     config.dtype = ""
     config.mesh = ConfigDict({"data": 1, "model": 1})
     config.distributed = eval_smollm2.get_config().distributed
-    # A JSONL file of {"id", "category", "turns": [text, ...]}; every turn is answered.
+    # built_in_training (1,500 prompts that come with SpecJAX), or a JSONL file of {"id", "category",
+    # "turns": [text, ...]}; every turn is answered.
     config.prompts = "built_in_training"
     # Use only so many prompts; 0 for all.
     config.num_prompts = 0

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from importlib import resources
@@ -13,18 +14,19 @@ from specjax.errors import ConfigError, SpecJAXError
 USAGE = """usage: specjax COMMAND --config=FILE [--config.FIELD=VALUE ...] [options]
 
 commands:
-  generate   stream the answer to one prompt        specjax generate --config=generate_smollm2 --prompt "Hello"
+  generate   stream the answer to one prompt         specjax generate --config=generate_smollm2 --prompt "Hello"
   evaluate   measure methods against plain decoding  specjax evaluate --config=eval_smollm2 --workdir=DIR
-  report     write or merge reports of evaluations  specjax report DIR [DIR ...] [--out=DIR]
+  report     write or merge reports of evaluations   specjax report DIR [DIR ...] [--out=DIR]
   benchmark  measure the project's speed claims      specjax benchmark --config=bench_smollm2 --workdir=DIR
-  respond    answer training prompts                specjax respond --config=respond_smollm2 --workdir=DIR
-  train      train a draft head                     specjax train --config=train_eagle3_smollm2 --workdir=DIR
-  export     write a head for other systems         specjax export --source=DIR --out=DIR
-  preflight  what a TPU you don't have would do     specjax preflight --config=preflight_llama31_8b_eagle3 \\
-                                                      --topology=v6e:2x2 [--workdir=DIR]
+  respond    answer training prompts                 specjax respond --config=respond_smollm2 --workdir=DIR
+  train      train a draft head                      specjax train --config=train_eagle3_smollm2 --workdir=DIR
+  export     write a head for other systems          specjax export --source=DIR --out=DIR
+  preflight  what a TPU you don't have would do      specjax preflight --config=preflight_llama31_8b_eagle3 \\
+                                                       --topology=v6e:2x2 [--workdir=DIR]
 
 A config is a Python file with get_config(); those that come with SpecJAX can be named without path and ending.
-specjax COMMAND --help lists the options and configs of a command.
+--config.GROUP="{'NAME': VALUE}" puts a group of fields in the place of the file's, with names that it lacks too.
+specjax COMMAND --help lists the options and configs of a command; specjax --version says the version.
 """
 
 INTERRUPTED = 130
@@ -44,6 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0 if arguments else FAILED
+    if arguments[0] in ("--version", "version"):
+        from specjax import __version__
+
+        print(f"specjax {__version__}")
+        return 0
     command = COMMANDS.get(arguments[0])
     try:
         if command is None:
@@ -115,7 +122,7 @@ def _print_numbers(result: Any, method: Any) -> None:
         file=sys.stderr,
     )
     if method and not result.lossless:
-        print(f"[lossy: {method.rejection_sampling_strategy} does not keep the target's law]", file=sys.stderr)
+        print(f"[lossy: {method.rejection_sampling_strategy} does not keep the target's distribution]", file=sys.stderr)
 
 
 def run_evaluate(arguments: list[str]) -> int:
@@ -240,14 +247,11 @@ def run_export(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser("specjax export", description=run_export.__doc__, allow_abbrev=False)
     for name, about in EXPORT_OPTIONS.items():
-        parser.add_argument(f"--{name}", default="", help=about)
+        parser.add_argument(f"--{name}", default="", required=name in ("source", "out"), help=about)
     try:
         options = vars(parser.parse_args(arguments))
     except SystemExit as stopped:  # argparse has printed help, or what is wrong
         return 0 if not stopped.code else FAILED
-    for name in ("source", "out"):
-        if not options[name]:
-            raise ConfigError(f"--{name}: is missing; see specjax export --help.")
     number = options["num_speculative_tokens"] or "0"
     if not number.isdecimal():
         raise ConfigError(f"--num_speculative_tokens={number!r}: expected an integer >= 1.")
@@ -337,12 +341,40 @@ def parse(command: str, arguments: list[str], options: dict[str, str]) -> tuple[
     try:
         rest = values(resolved)
     except Exception as error:  # the config file is a program of the user's, and absl raises many kinds
-        raise ConfigError(f"{' '.join(arguments)}: {_first_line(error)}") from error
+        message = _unknown_field(command, resolved[1:]) or f"{' '.join(arguments)}: {_first_line(error)}"
+        raise ConfigError(message) from error
     if rest[1:]:
         raise ConfigError(f"argument {rest[1]!r}: expected only --NAME=VALUE options; see specjax {command} --help.")
     if values.config is None:
         raise ConfigError(f"--config: is missing; expected a file, or one of {', '.join(shipped_configs())}.")
     return values.config, {name: values[name].value for name in options}
+
+
+def _unknown_field(command: str, arguments: list[str]) -> str:
+    """What to say of the first --config.FIELD that the config does not have; "" if there is none."""
+    from ml_collections import ConfigDict
+
+    [path, *_] = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")] or [""]
+    try:
+        config = runpy.run_path(path)["get_config"]()
+    except Exception:  # what is wrong is the file, and the caller's to say
+        return ""
+    for argument in arguments:
+        if not argument.startswith("--config."):
+            continue
+        found, parents = config, ["--config"]
+        for name in argument.partition("=")[0].split(".")[1:]:
+            group = ".".join(parents)
+            if not isinstance(found, ConfigDict):
+                return f"{argument}: expected {group}=VALUE; the config has one value there, now {found!r}."
+            if name not in found:
+                others = f"to give others replace the group, {group}=\"{{'{name}': VALUE}}\". " * (group != "--config")
+                return (
+                    f"{argument}: expected one of the fields of {group}, {', '.join(map(str, found))}; {others}"
+                    f"specjax {command} --config=NAME --help explains the fields."
+                )
+            found, parents = found[name], [*parents, name]
+    return ""
 
 
 def _print_help(command: str, arguments: list[str], options: dict[str, str]) -> None:

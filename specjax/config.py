@@ -11,6 +11,7 @@ import itertools
 import json
 import operator
 import os
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -124,10 +125,43 @@ NOT_YET = {
 }
 """What MAX and vLLM configure and this version lacks: `field` or `field=value` -> the feature that will bring it."""
 
+_ABSENT = "SpecJAX has nothing of the kind yet; leave it out"
+
+ELSEWHERE = {
+    "acceptance_method": "write rejection_sampling_strategy",
+    "allowed_token_ids": _ABSENT,
+    "attention_backend": "leave it out, the kernel follows from the device",
+    "bad_words": "give their tokens a logit_bias of -100",
+    "best_of": "give the prompt that many times, each with a seed of its own",
+    "detokenize": "leave it out, results hold tokens and texts",
+    "disable_by_batch_size": "num_speculative_tokens='auto' drafts nothing where that is faster, at any batch size",
+    "gpu_memory_utilization": "leave it out, caches are as large as prompts and max_tokens need",
+    "include_stop_str_in_output": _ABSENT,
+    "max_num_batched_tokens": "SpeculativeDecoder takes max_batch_size, in rows",
+    "max_num_seqs": "SpeculativeDecoder takes max_batch_size",
+    "min_tokens": _ABSENT,
+    "n": "give the prompt that many times, each with a seed of its own",
+    "prompt_logprobs": _ABSENT,
+    "skip_special_tokens": _ABSENT,
+    "speculative_model": "write model",
+    "target_model_config": "load_target takes the target",
+    "target_parallel_config": "load_target takes mesh=MeshConfig(...)",
+    "typical_acceptance_sampler_posterior_alpha": "write posterior_alpha, of the rule 'medusa-typical'",
+    "typical_acceptance_sampler_posterior_threshold": "write posterior_threshold, of the rule 'medusa-typical'",
+    "use_beam_search": _ABSENT,
+}
+"""Names that other systems give to what is said in another way here, or not at all: name -> what to do."""
+
 
 def _refuse_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("a bool is not a number")
+    return value
+
+
+def _refuse_integer(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        raise ValueError("a number is not a bool")
     return value
 
 
@@ -201,6 +235,13 @@ class _Settings(pydantic.BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Adds the fields to the docstring, where help() shows them."""
+        wrap = textwrap.TextWrapper(110, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)
+        fields = [wrap.fill(f"{name}: {field.description}") for name, field in cls.model_fields.items()]
+        cls.__doc__ = "\n".join([textwrap.dedent(f"    {cls.__doc__}").strip(), "", "Fields:", *fields])
+
     def __init__(self, **values: Any) -> None:
         values = self._resolve(values)
         self._refuse_unknown(values)
@@ -244,10 +285,10 @@ class _Settings(pydantic.BaseModel):
     def _refuse_unknown(cls, values: Mapping[str, Any], where: str = "") -> None:
         unknown = next((name for name in values if name not in cls.model_fields), None)
         if unknown is not None:
-            names = cls._known_names()
+            advice = f"{ELSEWHERE[unknown]}. " if unknown in ELSEWHERE else _nearest(unknown, cls._known_names())
             raise ConfigError(
                 f"{cls.__name__}.{unknown}={values[unknown]!r}{where}: expected the name of a field; "
-                f"{_nearest(unknown, names)}The fields are: {', '.join(cls.model_fields)}."
+                f"{advice}The fields are: {', '.join(cls.model_fields)}."
             )
 
     @classmethod
@@ -363,8 +404,8 @@ class SpeculativeConfig(_Settings):
         None,
         "How the draft model picks its tokens: 'greedy' takes the most probable, 'probabilistic' samples with the "
         "row's sampling parameters. Default: 'probabilistic' for a draft model and 'hybrid', 'greedy' for n-grams, "
-        "which have no probabilities, and for the rules 'relaxed', 'typical-acceptance' and 'strict', the last but one "
-        "of which is the default of heads.",
+        "which have no probabilities, and for the rules 'relaxed', 'strict' and 'typical-acceptance' (the default rule "
+        "of heads).",
         expected="'greedy' or 'probabilistic' ('ngram' and 'relaxed' have only 'greedy')",
         remedy="name one of them or leave the field out",
     )
@@ -549,11 +590,13 @@ class SpeculativeConfig(_Settings):
     @classmethod
     def _refuse_foreign(cls, values: Mapping[str, Any], key: str, table: Mapping[str, tuple[str, ...]]) -> None:
         """Refuses the fields that `table` gives only to other values of the field `key` than the chosen one."""
-        for owner, names in table.items():
-            for name in names:
-                if name in values and name not in table.get(values[key], ()):
-                    remedy = f"it means nothing for {key}={values[key]!r}: leave it out or set {key}={owner!r}"
-                    cls._refuse(name, values[name], remedy)
+        for name in dict.fromkeys(itertools.chain.from_iterable(table.values())):
+            owners = [owner for owner, names in table.items() if name in names]
+            if name in values and values[key] not in owners:
+                raise ConfigError(
+                    f"{cls.__name__}.{name}={values[name]!r}: expected no value for {key}={values[key]!r}, it belongs "
+                    f"to {', '.join(map(repr, owners))}; leave it out, or choose another {key}."
+                )
 
     @classmethod
     def _resolve_method(cls, values: dict[str, Any]) -> None:
@@ -695,7 +738,8 @@ class SpeculativeConfig(_Settings):
                 continue
             if isinstance(value, str):
                 if name == "method" and value.endswith("_mtp"):
-                    warnings.warn(f"{cls.__name__}.{key}={value!r}: is an old name of 'mtp'.", stacklevel=2)
+                    message = f"{cls.__name__}.{key}={value!r}: is an old name of 'mtp' in vLLM; write method='mtp'."
+                    warnings.warn(message, stacklevel=4)
                     value = "mtp"
                 value = VALUE_ALIASES.get(name, {}).get(value, value)
             if name in renamed and renamed[name] != value:
@@ -757,7 +801,7 @@ class SpeculativeConfig(_Settings):
 
     @classmethod
     def _known_names(cls) -> list[str]:
-        return [*cls.model_fields, *KEY_ALIASES, *FLAG_ALIASES, *(key for key in NOT_YET if "=" not in key)]
+        return [*cls.model_fields, *KEY_ALIASES, *FLAG_ALIASES]
 
     @property
     def max_drafts(self) -> int:
@@ -941,11 +985,12 @@ class SamplingParams(_Settings):
     )
 
     # What is returned
-    logprobs: bool = _setting(
+    logprobs: Annotated[bool, BeforeValidator(_refuse_integer)] = _setting(
         False,
-        "Returns the target's log-probability of every output token. Default: False.",
+        "Returns the target's log-probability of every output token (logprobs=0 in vLLM). Default: False.",
         expected="True or False",
-        remedy="leave the field out to return tokens alone",
+        remedy="True returns the log-probability of each output token, those of other tokens are not returned; leave "
+        "the field out to return tokens alone",
     )
 
     # The randomness

@@ -350,8 +350,8 @@ class SpeculativeDecoder:
         if RULES[self.rule_name].needs_phase and self.think_tokens is None:
             raise ConfigError(
                 f"SpeculativeConfig.rejection_sampling_strategy={self.rule_name!r}: the target's tokenizer "
-                "has no tokens that open and close a reasoning; choose another "
-                "rule for this model."
+                "has no tokens such as <think> and </think>, between which this rule applies; choose another rule for "
+                "this model."
             )
         system = System(functools.partial(decoder.apply, target.config), drafter, rule)
         self.params = on_mesh(Params(target.params, draft_params), target.mesh)

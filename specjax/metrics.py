@@ -43,7 +43,10 @@ class Metrics:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens a round: 1 + the mean of accepted drafts (bonus or recovered token included)."""
+        """Tokens a round: 1 + the mean of accepted drafts (bonus or recovered token included).
+
+        Rounds without drafts count too, as 1.
+        """
         return 1.0 + _ratio(self.accepted, self.rounds)
 
     @property

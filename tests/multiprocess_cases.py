@@ -96,7 +96,7 @@ def train(folder, mesh=None):
     fields = json.loads((folder / "training.json").read_text())
     workdir = folder / f"training-{jax.process_count()}"
     if mesh is not None:
-        fields["mesh"] = mesh.num_devices
+        fields["mesh"] = {"data": mesh.num_devices}
         halfway = trainer.TrainConfig.from_config(ConfigDict(fields))
         kill = KeyboardInterrupt()
 

@@ -8,6 +8,7 @@ import sys
 import pytest
 from test_checkpoints_gguf import write_llama
 
+import specjax
 from specjax import cli
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -58,6 +59,32 @@ def test_help_shows_a_config_and_its_fields(capsys):
     assert cli.main(["generate", "--config=generate_smollm2", "--help"]) == 0
     out = capsys.readouterr().out
     assert "Command:" in out and "config.sampling" in out
+
+
+def test_the_version_is_the_packages(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"specjax {specjax.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("--config.sampling.ignore_eos=True", ["fields of --config.sampling,", "top_p", "\"{'ignore_eos': VALUE}\""]),
+        ("--config.mesh.rows=2", ["fields of --config.mesh,", "data, model"]),
+        ("--config.chat.data=2", ["expected --config.chat=VALUE"]),
+        ("--config.foo=1", ["fields of --config,", "sampling, speculative"]),
+    ],
+)
+def test_an_unknown_field_of_a_config_is_answered_with_those_there_are(argument, said, capsys):
+    assert cli.main(["generate", "--config=generate_smollm2", argument, "--prompt=x"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"specjax: error: {argument}: expected") and all(part in err for part in said)
+
+
+def test_a_group_of_a_config_can_be_replaced_by_fields_that_it_lacks(model, capfd):
+    fields = {"method": "ngram", "num_speculative_tokens": "auto", "prompt_lookup_max": 2}
+    assert generate(model, "--prompt=hello", f"--config.speculative={fields}") == 0
+    assert "drafts accepted" in capfd.readouterr().err
 
 
 def test_no_command_prints_the_usage_and_fails(capsys):

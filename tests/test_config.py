@@ -1,6 +1,7 @@
 """Settings: every field, every refusal, every other name, and where values come from."""
 
 import doctest
+import inspect
 import json
 import math
 import re
@@ -12,9 +13,11 @@ import pytest
 from specjax import config as config_module
 from specjax.config import (
     DEFAULT_STRATEGY,
+    ELSEWHERE,
     FLAG_ALIASES,
     KEY_ALIASES,
     NOT_YET,
+    MeshConfig,
     RejectionSamplingStrategy,
     SamplingParams,
     SpeculativeConfig,
@@ -286,12 +289,12 @@ def test_ngram_sizes_out_of_order_are_refused():
 @pytest.mark.parametrize("field", ["prompt_lookup_min", "prompt_lookup_max"])
 def test_ngram_fields_are_refused_for_a_draft_model(field):
     assert f"SpeculativeConfig.{field}=3" in (message := refusal(draft, **{field: 3}))
-    assert "means nothing for method='draft_model'" in message
+    assert "expected no value for method='draft_model'" in message
 
 
 @pytest.mark.parametrize("field, value", [("revision", "main"), ("max_model_len", 64)])
 def test_draft_model_fields_are_refused_for_ngram(field, value):
-    assert "means nothing for method='ngram'" in refusal(ngram, **{field: value})
+    assert "expected no value for method='ngram'" in refusal(ngram, **{field: value})
 
 
 def test_sampled_ngram_drafts_are_refused():
@@ -364,7 +367,7 @@ def test_a_mean_rate_alone_selects_synthetic_acceptance():
 def test_rates_or_a_length_alone_are_refused_with_the_rule_to_set(field, value):
     message = refusal(ngram, **{field: value})
     assert f"SpeculativeConfig.{field}={value!r}: expected" in message
-    assert "set rejection_sampling_strategy='synthetic'" in message
+    assert "belongs to 'synthetic'" in message
 
 
 def test_synthetic_acceptance_without_a_rate_is_refused_with_the_three_ways_to_give_one():
@@ -522,13 +525,13 @@ def test_fields_of_one_rule_are_refused_for_another(owner, field, rule):
     values = {"synthetic_acceptance_length": 2} if rule == "synthetic" else {}
     message = refusal(draft, rejection_sampling_strategy=rule, **values, **{field: 1})
     assert f"SpeculativeConfig.{field}=1: expected" in message
-    assert f"means nothing for rejection_sampling_strategy={rule!r}" in message
-    assert f"set rejection_sampling_strategy={owner!r}" in message
+    assert f"expected no value for rejection_sampling_strategy={rule!r}" in message
+    assert f"belongs to {owner!r}" in message
 
 
 def test_fields_of_a_rule_are_refused_where_no_rule_is_given():
-    assert "set rejection_sampling_strategy='relaxed'" in refusal(draft, relaxed_topk=3)
-    assert "set rejection_sampling_strategy='medusa-typical'" in refusal(ngram, posterior_alpha=0.3)
+    assert "belongs to 'relaxed'" in refusal(draft, relaxed_topk=3)
+    assert "belongs to 'medusa-typical'" in refusal(ngram, posterior_alpha=0.3)
 
 
 def test_logits_of_ngram_drafts_are_not_compared():
@@ -586,6 +589,25 @@ def test_what_is_not_in_this_version_is_refused_with_its_feature(entry):
     message = refusal(SpeculativeConfig, **values)
     assert f"SpeculativeConfig.{field}={values[field]!r}" in message
     assert "not in this version of SpecJAX yet" in message and NOT_YET[entry] in message
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("settings", [SpeculativeConfig, SamplingParams])
+def test_what_other_systems_say_in_another_way_gets_advice(settings, name):
+    assert name not in {*settings.model_fields, *KEY_ALIASES, *NOT_YET}
+    message = refusal(settings, **{name: 1})
+    assert f"{settings.__name__}.{name}=1: expected the name of a field; {ELSEWHERE[name]}. The fields are" in message
+
+
+def test_no_field_that_is_refused_is_suggested():
+    assert "did you mean" not in refusal(SpeculativeConfig, method="ngram", moe_backends="x")
+
+
+@pytest.mark.parametrize("settings", [SpeculativeConfig, SamplingParams, MeshConfig])
+def test_help_explains_every_field(settings):
+    said = " ".join(inspect.getdoc(settings).split())
+    for name, field in settings.model_fields.items():
+        assert f"{name}: {' '.join(field.description.split())}" in said
 
 
 @pytest.mark.parametrize("method", ["deepseek_mtp", "qwen3_next_mtp"])
@@ -1032,6 +1054,7 @@ def test_no_seed_is_seed_zero_and_the_largest_is_accepted():
         ("stop_token_ids", 3, "a list of integers >= 0"),
         ("ignore_eos", 3, "True or False"),
         ("logprobs", 5, "True or False"),
+        ("logprobs", 0, "True or False"),
         ("logprobs", None, "True or False"),
         ("repetition_penalty", 0, "a number in [0.01, 100]"),
         ("repetition_penalty", -1, "a number in [0.01, 100]"),

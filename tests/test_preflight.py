@@ -231,7 +231,7 @@ def test_libtpu_knows_the_chips(chip):
 
 def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(experiment.importlib.sys.modules, "libtpu", None)
-    assert 'pip install "specjax[preflight]"' in refusal(read_topology, "v6e:2x2")
+    assert 'pip install "pip install libtpu"' in refusal(read_topology, "v6e:2x2")
 
 
 def test_a_model_that_is_not_there_names_the_nearest():

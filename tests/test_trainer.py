@@ -151,7 +151,7 @@ def test_a_finished_run_trains_no_further(folder, uninterrupted):
 
 
 def test_two_devices_learn_what_one_learns(folder, uninterrupted, tmp_path):
-    assert run_child(folder, tmp_path, num_devices=2, mesh=2) == 0
+    assert run_child(folder, tmp_path, num_devices=2, mesh={"data": 2}) == 0
     found, expected = ([line["loss"] for line in curve(path)] for path in (tmp_path, uninterrupted))
     np.testing.assert_allclose(found, expected, rtol=2e-3)  # sums in another order
 
@@ -228,8 +228,9 @@ def test_muon_makes_the_steps_of_matrices_orthogonal_and_leaves_the_rest_to_adam
         ({"responses": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"responses": ""}, "responses=''"),
         ({"data": {"rows": 400, "length": 32}}, "rows=400"),
-        ({"data": {"rows": 3}, "mesh": 2}, r"data.rows=3"),
-        ({"mesh": 64, "data": {"rows": 64}}, "mesh=64"),
+        ({"data": {"rows": 3}, "mesh": {"data": 2}}, r"data.rows=3"),
+        ({"mesh": {"data": 64}, "data": {"rows": 64}}, "mesh.data=64"),
+        ({"mesh": {"model": 2}}, "mesh.model=2"),
         ({"features": "none"}, "features='none'"),
         ({"checkpoint_every": 5}, "checkpoint_every=5"),
         ({"unroll": [[3, 1]]}, "unroll="),

@@ -214,7 +214,7 @@ def read_topology(name: str) -> Topology:
     except ImportError as error:
         raise ConfigError(
             f"--topology={name!r}: libtpu, which compiles for TPUs, is not installed; "
-            'pip install "specjax[preflight]" brings it (Linux only).'
+            "`pip install libtpu` brings it (Linux only)."
         ) from error
     # No TPU is looked for, and other processes may compile, too. Without one libtpu complains until it is told of one.
     told = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}

@@ -249,9 +249,10 @@ def tables(summary: dict[str, Any]) -> list[Any]:
     from rich.table import Table
 
     chip, mesh = summary["chip"], summary["mesh"]
+    num_devices = f"{summary['num_devices']} device{'s' * (summary['num_devices'] > 1)}"
     heading = (
         f"{summary['model']} {summary['dtype']}, {summary['method']}, on {summary['topology']} "
-        f"({summary['num_devices']} devices, data={mesh['data']} model={mesh['model']}): batch {summary['batch']}, "
+        f"({num_devices}, data={mesh['data']} model={mesh['model']}): batch {summary['batch']}, "
         f"context {summary['context']}, capacity {summary['capacity']}"
     )
     rows = summary["programs"]

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from specjax import processes
 from specjax.checkpoints.load import Target, load_target
+from specjax.config import MeshConfig
 from specjax.errors import ConfigError, SpecJAXError
 from specjax.evaluate.environment import device_name
 from specjax.evaluate.files import plain_dict, prepare_workdir, write_json, write_text
@@ -126,11 +127,11 @@ class TrainConfig:
     eval_every: int = 100
     eval_batches: int = 8
     seed: int = 0
-    mesh: int = 1
+    mesh: MeshConfig = MeshConfig()
     distributed: processes.Distributed = dataclasses.field(default_factory=processes.Distributed)
 
     def __post_init__(self) -> None:
-        for field in ("steps", "log_every", "checkpoint_every", "eval_every", "mesh"):
+        for field in ("steps", "log_every", "checkpoint_every", "eval_every"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field}={getattr(self, field)}: expected an integer >= 1.")
         if self.features not in FEATURES:
@@ -149,10 +150,12 @@ class TrainConfig:
                 f"unroll={self.unroll}: expected ((0, n), (step, n), ...) with rising steps and n >= 1, such as "
                 "((0, 1), (1000, 3))."
             )
-        if self.data.rows % self.mesh:
+        if self.mesh.model != 1:
             raise ConfigError(
-                f"data.rows={self.data.rows}: cannot be shared by mesh={self.mesh} devices; expected a multiple of it."
+                f"mesh.model={self.mesh.model}: expected 1; training splits rows alone, over mesh.data devices."
             )
+        if self.data.rows % self.mesh.data:
+            raise ConfigError(f"data.rows={self.data.rows}: expected a multiple of mesh.data={self.mesh.data}.")
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "TrainConfig":
@@ -166,6 +169,7 @@ class TrainConfig:
         for name, kind in nested.items():
             if name in fields:
                 fields[name] = _filled(kind, fields[name], f"{name}.")
+        fields["mesh"] = MeshConfig.model_validate(fields.get("mesh", {}))
         fields["distributed"] = processes.Distributed.from_config(fields.get("distributed"))
         if "respond" in fields:
             fields["respond"] = respond_config(fields["respond"])
@@ -173,6 +177,10 @@ class TrainConfig:
             fields["unroll"] = tuple((int(start), int(num)) for start, num in fields["unroll"])
         filled: TrainConfig = _filled(cls, fields, "")
         return filled
+
+    def fields(self) -> dict[str, Any]:
+        """As JSON holds them."""
+        return dataclasses.asdict(self) | {"mesh": self.mesh.model_dump()}
 
     def num_unrolled(self, step: int) -> int:
         """Draft steps that the loss of this training step goes through."""
@@ -292,7 +300,7 @@ def train(config: TrainConfig, workdir: str | os.PathLike[str], progress: Any = 
         SpecJAXError: bad input, a workdir of another run, or a loss that is not finite.
     """
     processes.join(config.distributed)
-    fields = dataclasses.asdict(config)
+    fields = config.fields()
     processes.same_everywhere({name: value for name, value in fields.items() if name != "distributed"}, "config")
     workdir = Path(workdir).absolute()
     prepare_workdir(workdir)
@@ -313,10 +321,11 @@ class Trainer:
     """The loop and what it holds; train makes one."""
 
     def __init__(self, config: TrainConfig, workdir: Path, target: Target, student: Student, store: data.Store):
-        if config.mesh > len(jax.devices()):
-            raise ConfigError(f"mesh={config.mesh}: expected at most {len(jax.devices())}, the devices there are.")
-        if jax.process_count() > 1 and config.mesh < len(jax.devices()):
-            raise ConfigError(f"mesh={config.mesh}: expected {len(jax.devices())}, the devices of all processes.")
+        num_devices = config.mesh.data
+        if num_devices > len(jax.devices()):
+            raise ConfigError(f"mesh.data={num_devices}: expected at most {len(jax.devices())}, the devices there are.")
+        if jax.process_count() > 1 and num_devices < len(jax.devices()):
+            raise ConfigError(f"mesh.data={num_devices}: expected {len(jax.devices())}, the devices of all processes.")
         size, vocab_size = student.draft_vocab_size, target.config.vocab_size
         if not 1 <= size <= vocab_size:
             raise ConfigError(f"head.draft_vocab_size={size}: expected 1 to {vocab_size}, the target's vocabulary.")
@@ -337,7 +346,7 @@ class Trainer:
         self.data_digest = _digest(store, self.vocabulary)
         rows = data.Rows(store, trained, config.data.length, config.seed)
         self.batches = iter(data.batches(rows, config.data.rows, config.seed))
-        mesh = Mesh(np.array(jax.devices()[: config.mesh]), ("data",))
+        mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.by_row = NamedSharding(mesh, PartitionSpec("data"))
         evaluated = data.Rows(store, held_out, config.data.length, config.seed)
@@ -658,7 +667,7 @@ def _check_same_run(path: Path, config: TrainConfig) -> None:
     """
     if not path.is_file():
         return
-    content = json.loads(json.dumps(dataclasses.asdict(config)))
+    content = json.loads(json.dumps(config.fields()))
     before = json.loads(path.read_text(encoding="utf-8"))
     for name in sorted((before.keys() | content.keys()) - set(MAY_CHANGE)):
         if before.get(name) != content.get(name):
