@@ -229,9 +229,9 @@ def test_libtpu_knows_the_chips(chip):
     assert {device.platform for device in read_topology(f"{chip}:{layout}").devices} == {"tpu"}
 
 
-def test_without_libtpu_the_extra_is_named(monkeypatch):
+def test_without_libtpu_the_package_is_named(monkeypatch):
     monkeypatch.setitem(experiment.importlib.sys.modules, "libtpu", None)
-    assert 'pip install "pip install libtpu"' in refusal(read_topology, "v6e:2x2")
+    assert "`pip install libtpu`" in refusal(read_topology, "v6e:2x2")
 
 
 def test_a_model_that_is_not_there_names_the_nearest():
