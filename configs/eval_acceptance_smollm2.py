@@ -14,9 +14,7 @@ from specjax.configs import eval_smollm2
 def get_config() -> ConfigDict:
     """See the module's docstring; configs/eval_smollm2.py comments on the fields."""
     config = eval_smollm2.get_config()
-    config.repeats = 1
     config.sampling.temperature = 1.0
-    config.sampling.max_tokens = 128
     drafter = {"method": "draft_model", "assistant_early_exit": 28, "num_speculative_tokens": 4}
     rules = "residual", "block", "typical-acceptance"
     config.methods = ConfigDict({rule: {**drafter, "rejection_sampling_strategy": rule} for rule in rules})

@@ -247,11 +247,14 @@ def run_export(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser("specjax export", description=run_export.__doc__, allow_abbrev=False)
     for name, about in EXPORT_OPTIONS.items():
-        parser.add_argument(f"--{name}", default="", required=name in ("source", "out"), help=about)
+        parser.add_argument(f"--{name}", default="", help=about)
     try:
         options = vars(parser.parse_args(arguments))
     except SystemExit as stopped:  # argparse has printed help, or what is wrong
         return 0 if not stopped.code else FAILED
+    for name in ("source", "out"):
+        if not options[name]:
+            raise ConfigError(f"--{name}: is missing; see specjax export --help.")
     number = options["num_speculative_tokens"] or "0"
     if not number.isdecimal():
         raise ConfigError(f"--num_speculative_tokens={number!r}: expected an integer >= 1.")
@@ -350,13 +353,18 @@ def parse(command: str, arguments: list[str], options: dict[str, str]) -> tuple[
     return values.config, {name: values[name].value for name in options}
 
 
+def _named_config(arguments: list[str]) -> str:
+    """The file that --config=FILE names; "" where none does."""
+    named = (argument.partition("=")[2] for argument in arguments if argument.startswith(("--config=", "-config=")))
+    return next(named, "")
+
+
 def _unknown_field(command: str, arguments: list[str]) -> str:
     """What to say of the first --config.FIELD that the config does not have; "" if there is none."""
     from ml_collections import ConfigDict
 
-    [path, *_] = [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")] or [""]
     try:
-        config = runpy.run_path(path)["get_config"]()
+        config = runpy.run_path(_named_config(arguments))["get_config"]()
     except Exception:  # what is wrong is the file, and the caller's to say
         return ""
     for argument in arguments:
@@ -379,9 +387,9 @@ def _unknown_field(command: str, arguments: list[str]) -> str:
 
 def _print_help(command: str, arguments: list[str], options: dict[str, str]) -> None:
     """Says what a command does, takes and reads; or shows the config that arguments name, which explains its fields."""
-    named = [argument.partition("=")[2] for argument in arguments if argument.startswith(("--config=", "-config="))]
+    named = _named_config(arguments)
     if named:
-        print(f"# {named[0]}\n{Path(named[0]).read_text(encoding='utf-8')}", end="")
+        print(f"# {named}\n{Path(named).read_text(encoding='utf-8')}", end="")
         return
     print(
         f"usage: specjax {command} --config=FILE [--config.FIELD=VALUE ...]\n\n{COMMANDS[command].__doc__}\n\noptions:"

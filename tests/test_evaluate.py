@@ -178,10 +178,15 @@ def test_results_cut_at_any_byte_are_read_up_to_the_last_whole_line(tmp_path):
         assert results.path.read_bytes() == content[: content[:cut].rfind(b"\n") + 1]
 
 
+def command(model, workdir):
+    """`specjax evaluate` of n-grams, which need no weights."""
+    methods = "--config.methods={'ngram': {'method': 'ngram', 'num_speculative_tokens': 6}}"
+    return ["evaluate", "--config=eval_smollm2", f"--workdir={workdir}", f"--config.target={model}", methods]
+
+
 def test_ctrl_c_leaves_a_valid_partial_summary_and_exit_code_130(model, tmp_path, monkeypatch, capsys):
     prompts = write_prompts(tmp_path / "prompts.jsonl")
-    arguments = ["evaluate", "--config=eval_smollm2", f"--workdir={tmp_path / 'w'}", f"--config.target={model}"]
-    arguments.append("--config.methods={'ngram': {'method': 'ngram', 'num_speculative_tokens': 6}}")
+    arguments = command(model, tmp_path / "w")
     arguments += [f"--config.prompts={prompts}", "--config.sampling.max_tokens=16", "--config.repeats=1"]
     append = Results.append
 
@@ -250,8 +255,7 @@ def test_what_fails_is_recorded_and_the_run_goes_on(config, tmp_path, monkeypatc
 
 def test_a_run_in_which_nothing_succeeds_ends_with_an_error(model, tmp_path, capsys):
     prompts = write_prompts(tmp_path / "prompts.jsonl", [{"id": "p", "turns": ["z" * 600]}])
-    arguments = ["evaluate", "--config=eval_smollm2", f"--workdir={tmp_path / 'w'}", f"--config.target={model}"]
-    arguments.append("--config.methods={'ngram': {'method': 'ngram', 'num_speculative_tokens': 6}}")
+    arguments = command(model, tmp_path / "w")
     assert cli.main([*arguments, f"--config.prompts={prompts}"]) == 2
     assert "nothing could be measured of plain, ngram" in capsys.readouterr().err
 
