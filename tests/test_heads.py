@@ -13,7 +13,7 @@ from models import random_target
 from specjax.errors import ConfigError
 from specjax.heads import config as heads
 from specjax.heads import network
-from specjax.target.decoder import attend_within
+from specjax.target.decoder import AttendWithin
 
 LENGTH, VOCAB, WIDTH = 7, 19, 32
 LAYER = dataclasses.replace(random_target(0, VOCAB).config, num_layers=1, sliding_windows=(None,))
@@ -70,7 +70,7 @@ def test_every_wiring_computes_its_formula(name):
     def everything(params, shared, tokens, features):
         feature, found = network.fuse(config, params, features), []
         for block in range(config.num_blocks):
-            attends = [attend_within(mask)] * config.layer.num_layers
+            attends = [AttendWithin(mask)] * config.layer.num_layers
             out = network.run(config, params, shared, tokens, feature, positions, attends, block)
             feature = out.recycled
             found.append((network.logits(config, params, shared, out.hidden), feature))

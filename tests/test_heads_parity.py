@@ -16,7 +16,7 @@ from specjax.checkpoints.load import Target, load_target
 from specjax.checkpoints.speculators import SpeculatorModelConfig
 from specjax.heads import config as heads
 from specjax.heads import network
-from specjax.target.decoder import attend_within
+from specjax.target.decoder import AttendWithin
 from specjax.train import losses
 
 torch = pytest.importorskip("torch")
@@ -159,7 +159,7 @@ def test_mtp_logits_equal_those_of_the_package_in_every_step(tmp_path, package, 
     for step in range(NUM_STEPS):
         drafted = jnp.asarray(tokens[None, step + 1 : step + 1 + num])
         output = network.run(
-            read.config, read.params, shared(target), drafted, feature, positions, [attend_within(mask)]
+            read.config, read.params, shared(target), drafted, feature, positions, [AttendWithin(mask)]
         )
         feature = output.recycled
         ours = np.asarray(network.logits(read.config, read.params, shared(target), output.hidden))[0]

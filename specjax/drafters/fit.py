@@ -142,7 +142,7 @@ def _agreement(config: HeadConfig, weights: HeadWeights, tokens: jax.Array, text
     states = [text.states[tap] for tap in config.taps] or [text.final]
     feature = network.fuse(config, weights.head, jnp.stack(states, axis=2))[:, :-1]
     causal = jnp.tril(jnp.ones((1, num, num), bool))
-    attends = [decoder.attend_within(causal)] * config.layer.num_layers
+    attends = [decoder.AttendWithin(causal)] * config.layer.num_layers
     out = network.run(config, weights.head, weights.shared, tokens[:, 1:], feature, jnp.arange(num)[None], attends)
     guess = network.logits(config, weights.head, weights.shared, out.hidden).argmax(axis=-1)
     if weights.token_of is not None:

@@ -12,7 +12,7 @@ from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal
 from specjax.drafters.chain import Choice, choose, draft_if_likely, proposal, proposal_uniforms, widen, windows
 from specjax.heads import network
 from specjax.heads.config import HeadConfig
-from specjax.target.decoder import attend_to_cache
+from specjax.target.decoder import AttendToCache
 
 
 class HeadWeights(NamedTuple):
@@ -71,7 +71,7 @@ def head(
     def run(weights: HeadWeights, cache: kv.KVCache, block: int, tokens, feature, start):
         """One block over a window of int32[B, T] tokens and dtype[B, T, D] features from int32[B] start on."""
         entries = zip(cache.keys, cache.values, layer.sliding_windows, strict=True)
-        attends = [attend_to_cache(keys, values, start, window) for keys, values, window in entries]
+        attends = [AttendToCache(keys, values, start, window) for keys, values, window in entries]
         positions = start[:, None] + jnp.arange(tokens.shape[1])
         out = network.run(config, weights.head, weights.shared, tokens, feature, positions, attends, block)
         keys, values = zip(*out.memories, strict=True)

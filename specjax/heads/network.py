@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from specjax.heads.config import HeadConfig
 from specjax.target import layers
-from specjax.target.decoder import Attend, DecoderLayer, attend_within, bias, scale, weight
+from specjax.target.decoder import Attend, AttendWithin, DecoderLayer, bias, scale, weight
 
 Params = dict[str, Any]
 
@@ -145,7 +145,7 @@ class Head(nn.Module):
     def everything(self, shared: Shared, features: jax.Array) -> jax.Array:
         """Touches every weight, for init."""
         tokens = positions = jnp.zeros((1, 1), jnp.int32)
-        attends = [attend_within(jnp.ones((1, 1, 1), bool))] * self.config.layer.num_layers
+        attends = [AttendWithin(jnp.ones((1, 1, 1), bool))] * self.config.layer.num_layers
         feature = self.fuse(features)
         for block in range(self.config.num_blocks):
             feature = self.run(shared, tokens, feature, positions, attends, block).recycled

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -63,7 +64,7 @@ class Decoder(nn.Module):
         memories = []
         for index in range(c.num_layers):
             tapped[index] = x
-            x, memory = DecoderLayer(c, self.dtype, name=f"layer_{index}")(x, cos_sin, attends[index])
+            x, memory = _SharedLayer(c, self.dtype, name=f"layer_{index}")(x, cos_sin, attends[index])
             memories.append(memory)
         tapped[c.num_layers] = x
         final = layers.rms_norm(x, scale(self, "final_norm", c.width), c.norm_eps)
@@ -130,6 +131,10 @@ class DecoderLayer(nn.Module):
         return x, memory
 
 
+_SharedLayer: Any = nn.jit(DecoderLayer)
+"""DecoderLayer, traced once for all layers of one kind: what they run, attends included, has to be a pytree."""
+
+
 def weight(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
     """A kernel of the module: its shape, logical axes and initialiser, the one place that says them."""
     return _param(module, name, nn.initializers.normal(0.02), shape, axes)
@@ -171,38 +176,43 @@ def param_axes(config: ModelConfig) -> Params:
 
 def _init_boxed(config: ModelConfig, key: jax.Array, dtype: jnp.dtype) -> Params:
     tokens = positions = jnp.zeros((1, 1), jnp.int32)
-    attends = [attend_within(jnp.ones((1, 1, 1), bool))] * config.num_layers
+    attends = [AttendWithin(jnp.ones((1, 1, 1), bool))] * config.num_layers
     return Decoder(config, dtype).init(key, tokens, positions, attends)["params"]
 
 
-def attend_to_cache(keys: jax.Array, values: jax.Array, start: jax.Array, sliding_window: int | None) -> Attend:
+class AttendToCache(flax.struct.PyTreeNode):
     """A layer's attention over its cache, in which the window's entries are written at start.
 
-    Args:
+    Attributes:
         keys, values: dtype[B, K, S, H], as the cache has them; the new ones are what is remembered.
         start: int32[B].
+        sliding_window: None, or how many positions back a query sees.
     """
 
-    def local(
-        q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, values: jax.Array, start: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        mixed, keys, values = layers.write_and_attend(q, k, v, keys, values, start, sliding_window)
-        return mixed.reshape(q.shape), keys, values
+    keys: jax.Array
+    values: jax.Array
+    start: jax.Array
+    sliding_window: int | None = flax.struct.field(pytree_node=False)
 
-    heads, entries = ("batch", None, "kv_heads", "queries", None), ("batch", None, "kv_heads", None)
-    inputs = heads, entries, entries, CACHE, CACHE, ("batch",)
-
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        outputs = (heads, q.shape), (CACHE, keys.shape), (CACHE, values.shape)
-        mixed, *memory = per_device(local, inputs, outputs, q, k, v, keys, values, start)
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        heads, entries = ("batch", None, "kv_heads", "queries", None), ("batch", None, "kv_heads", None)
+        inputs = heads, entries, entries, CACHE, CACHE, ("batch",)
+        outputs = (heads, q.shape), (CACHE, self.keys.shape), (CACHE, self.values.shape)
+        mixed, *memory = per_device(self._local, inputs, outputs, q, k, v, self.keys, self.values, self.start)
         return mixed.reshape(*mixed.shape[:2], -1), tuple(memory)
 
-    return attend
+    def _local(self, q: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        mixed, keys, values = layers.write_and_attend(q, *arrays, sliding_window=self.sliding_window)
+        return mixed.reshape(q.shape), keys, values
 
 
-def attend_within(mask: jax.Array) -> Attend:
-    """A layer's attention of whole sequences to themselves; remembers nothing. mask: bool[B, T, T]."""
-    return lambda q, k, v: (layers.attend_within(q, k, v, mask), None)
+class AttendWithin(flax.struct.PyTreeNode):
+    """Attention of whole sequences to themselves; remembers nothing. mask: bool[B, T, T]."""
+
+    mask: jax.Array
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        return layers.attend_within(q, k, v, self.mask), None
 
 
 def apply(
@@ -225,7 +235,7 @@ def apply(
         with_logits: False skips the output head, as prefill does.
     """
     attends = [
-        attend_to_cache(keys, values, start, window)
+        AttendToCache(keys, values, start, window)
         for keys, values, window in zip(cache.keys, cache.values, config.sliding_windows, strict=True)
     ]
     positions = start[:, None] + jnp.arange(tokens.shape[1])
@@ -256,7 +266,7 @@ def forward(
     """
     distance = positions[:, :, None] - positions[:, None, :]
     masks = [mask if window is None else mask & (distance < window) for window in config.sliding_windows]
-    attends = [attend_within(mask) for mask in masks]
+    attends = [AttendWithin(mask) for mask in masks]
     module = Decoder(config, dtype or params["embedding"].dtype)
     output: Any = module.apply({"params": params}, tokens, positions, attends, taps, False)
     _, tapped, final, _ = output
