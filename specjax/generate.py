@@ -36,9 +36,6 @@ from specjax.view import AnswerView
 PREFILL_BUCKETS = (16, 32, 64, 128, 256, 512)
 """Window lengths that prefill is compiled for; a longer prompt runs through the last one several times."""
 
-NARROW_ROWS = 16
-"""Rows up to which a decode program is compiled for products of few rows."""
-
 STREAM_ROUNDS = 4
 """Rounds between two looks at the device while streaming or looking for stop strings."""
 
@@ -229,10 +226,8 @@ class Programs:
 
     def decoding(self, state: DecodeState) -> Any:
         """decode as what jax.jit gives, for this state or its shapes; to be lowered with the mesh set."""
-        platform = None if self.mesh is None else self.mesh.devices.flat[0].platform
-        options = narrow_options(platform) if state.length.size <= NARROW_ROWS else None
         run = functools.partial(decode, self.system)
-        return jax.jit(run, donate_argnums=1, out_shardings=self._shardings(state), compiler_options=options)
+        return jax.jit(run, donate_argnums=1, out_shardings=self._shardings(state))
 
     def place(self, state: DecodeState, fresh: DecodeState, rows: np.ndarray) -> DecodeState:
         """See place. The state is donated."""
@@ -255,26 +250,6 @@ class Programs:
             self.compile_seconds += time.perf_counter() - began
             self.num_compiled += 1
         return self._compiled[key](*args)
-
-
-@functools.cache
-def narrow_options(platform: str | None = None) -> dict[str, str] | None:
-    """Compiler options for programs whose products have few rows.
-
-    On CPU, the XLA of jax 0.10 gives products to YNNPACK; Eigen is up to a fifth faster for 3 to 5 rows and no slower
-    for one (SmolLM2, two cores). The option is experimental, so a jaxlib without it does without.
-
-    Args:
-        platform: that they are compiled for; None is the one that jax runs on.
-    """
-    if (platform or jax.default_backend()) != "cpu":
-        return None
-    options = {"xla_cpu_experimental_ynn_fusion_type": ""}
-    try:
-        jax.jit(lambda x: x + 1, compiler_options=options).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:
-        return None
-    return options
 
 
 def _state_key(state: DecodeState) -> tuple:

@@ -1,6 +1,7 @@
 """Tiny random models for tests, with and without a tokenizer."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,18 @@ USUAL = {
 
 
 def decode_as_usual(patch) -> None:
-    """Has decode programs of few rows compiled as users' are, for a look into them."""
-    options = (generate.narrow_options() or {}) | USUAL
-    patch.setattr(generate, "narrow_options", lambda platform=None: options)
+    """Has decode programs compiled as users' are, for a look into them."""
+    decoding = generate.Programs.decoding
+
+    class AsUsual:
+        def __init__(self, function):
+            self.function = function
+
+        def lower(self, *args):
+            lowered = self.function.lower(*args)
+            return types.SimpleNamespace(compile=lambda: lowered.compile(USUAL))
+
+    patch.setattr(generate.Programs, "decoding", lambda *args: AsUsual(decoding(*args)))
 
 
 def random_target(seed: int, vocab_size: int = VOCAB, max_position: int = 512, **fields) -> Target:

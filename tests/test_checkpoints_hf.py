@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models
 
 from specjax.checkpoints.load import Target, load_target
 from specjax.errors import AssetError, CheckpointError, ConfigError, SpecJAXError
+from specjax.target import decoder
 
 CASE = "llama-biases-head-dim"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -43,6 +44,11 @@ def assert_same_params(found: Target, expected: Target) -> None:
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
 
 
+def arrays_of(target: Target) -> decoder.Params:
+    """Its weights as the decoder describes them, whichever form they lie in."""
+    return decoder.as_arrays(target.params, decoder.param_shapes(target.config))
+
+
 def write_tokenizer(directory: Path, num_tokens: int) -> None:
     vocabulary = {f"t{index}": index for index in range(num_tokens)}
     Tokenizer(models.WordLevel(vocabulary, unk_token="t0")).save(str(directory / "tokenizer.json"))
@@ -51,7 +57,7 @@ def write_tokenizer(directory: Path, num_tokens: int) -> None:
 
 def test_every_weight_is_where_the_decoder_reads_it(directory):
     """Element by element from the definition of the layout, for one layer; test_target covers the rest by logits."""
-    layer = load_target(directory, dtype="float32").params["layer_1"]
+    layer = arrays_of(load_target(directory, dtype="float32"))["layer_1"]
     stored = load_file(directory / "model.safetensors")
     prefix, Q, H, D = "model.layers.1.", 3, 16, tiny.WIDTH
     rows = {x: stored[f"{prefix}self_attn.{x}_proj.weight"] for x in "qkv"}
@@ -79,7 +85,7 @@ def test_a_sharded_checkpoint_loads_as_the_single_file_does(directory, sharded):
 def test_weights_stored_in_another_float_type_load_with_their_values(directory, stored):
     weights = {name: tensor.astype(stored) for name, tensor in tiny.tensors(tiny.hf_config(CASE)).items()}
     save_file(weights, directory / "model.safetensors")
-    params = load_target(directory, dtype="float32").params
+    params = arrays_of(load_target(directory, dtype="float32"))
     np.testing.assert_array_equal(params["embedding"], weights["model.embed_tokens.weight"].astype(np.float32))
     np.testing.assert_array_equal(
         params["layer_2"]["down"], weights["model.layers.2.mlp.down_proj.weight"].T.astype(np.float32)
@@ -90,7 +96,7 @@ def test_weights_stored_in_another_float_type_load_with_their_values(directory, 
 def test_weights_are_rounded_to_the_dtype_asked_for(directory, dtype):
     exact, rounded = load_target(directory, dtype="float32"), load_target(directory, dtype=dtype)
     assert rounded.dtype == jnp.dtype(dtype)
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.astype(dtype), y), exact.params, rounded.params)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.astype(dtype), y), arrays_of(exact), arrays_of(rounded))
 
 
 def test_no_dtype_is_float32_on_cpu(directory):
@@ -244,6 +250,6 @@ def test_every_error_of_loading_is_one_that_users_catch():
 def test_a_loaded_directory_may_be_removed(directory):
     """Weights are copies, not views of a mapped file."""
     target = load_target(directory, dtype="float32")
-    before = np.array(target.params["layer_0"]["down"])
+    before = jax.tree.map(np.array, target.params)
     shutil.rmtree(directory)
-    np.testing.assert_array_equal(target.params["layer_0"]["down"], before)
+    jax.tree.map(np.testing.assert_array_equal, target.params, before)

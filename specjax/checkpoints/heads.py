@@ -24,6 +24,7 @@ from specjax.heads.config import HeadConfig
 from specjax.sharding import fetch
 from specjax.target import decoder
 from specjax.target.families import ModelConfig, RopeScaling, from_hf
+from specjax.target.layers import as_array
 
 # The speculators format is transformers' configs, whose import takes longer than all others; functions that need it
 # import it, so that `import specjax` does not.
@@ -393,7 +394,7 @@ def _own(
                 )
         if target_params is None:
             return True
-        shared = fetch(target_params[mine])
+        shared = fetch(as_array(target_params[mine]))
         shared = shared.T if turned else shared
         return shared.shape != shape or not np.array_equal(first.astype(shared.dtype), shared)
 

@@ -58,13 +58,14 @@ class Target:
         if mesh is None:
             return self
         shapes, axes = decoder.param_shapes(self.config), decoder.param_axes(self.config)
-        return dataclasses.replace(self, params=placed(self.params, shapes, axes, mesh, whole), mesh=mesh)
+        params = placed(decoder.as_arrays(self.params, shapes), shapes, axes, mesh, whole)
+        return dataclasses.replace(self, params=params, mesh=mesh)
 
     @property
     def num_params(self) -> int:
         """Weights, a tied head not counted twice."""
         total = sum(x.size for x in jax.tree.leaves(self.params))
-        return total - (self.params["head"].size if self.config.tied_head else 0)
+        return total - (self.config.width * self.config.vocab_size if self.config.tied_head else 0)
 
 
 def load_target(
@@ -91,6 +92,8 @@ def load_target(
     if has_places(made):
         places = param_places(decoder.param_shapes(config), decoder.param_axes(config), made)
     params = hf.read_params(directory, config, dtype, places)
+    if reads_rows_first(made, dtype):
+        params = decoder.rows_first(params, config.tied_head)
     tokenizer = load_tokenizer(directory) if any(directory.glob("tokenizer*")) else None
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise CheckpointError(
@@ -99,6 +102,11 @@ def load_target(
         )
     stops = stop_token_ids(directory, tokenizer)
     return Target(str(name_or_path), config, params, dtype, tokenizer, stops, made)
+
+
+def reads_rows_first(mesh: Mesh | None, dtype: Any) -> bool:
+    """Whether kernels are to lie as layers.RowsFirst."""
+    return mesh is None and dtype == jnp.float32 and jax.default_backend() == "cpu"
 
 
 def _dtype(dtype: Any) -> Any:

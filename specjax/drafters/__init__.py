@@ -8,14 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
 from specjax.checkpoints import pretrained
 from specjax.checkpoints.heads import TOKEN_MAP, LoadedHead, detect_method, read_head
-from specjax.checkpoints.load import Target, load_target
+from specjax.checkpoints.load import Target, load_target, reads_rows_first
 from specjax.config import AUTO, SpeculativeConfig
 from specjax.drafters.base import Drafter, draft_counts
 from specjax.drafters.draft_model import DraftWeights, draft_model
@@ -29,6 +28,8 @@ from specjax.errors import AssetError, ConfigError, DraftWarning
 from specjax.heads import network
 from specjax.heads.network import Shared
 from specjax.sharding import has_places, num_parts, placed
+from specjax.target.decoder import rows_first
+from specjax.target.layers import Kernel, some_outputs
 
 
 def build_drafter(config: SpeculativeConfig | None, target: Target) -> tuple[Drafter, Any]:
@@ -114,6 +115,8 @@ def _head(config: SpeculativeConfig, target: Target) -> Method:
     if has_places(target.mesh):
         shapes, axes = network.param_shapes(loaded.config), network.param_axes(loaded.config)
         params = placed(params, shapes, axes, target.mesh, whole)
+    elif reads_rows_first(target.mesh, target.dtype):
+        params = rows_first(params)
     weights = HeadWeights(params, shared, token_of)
     check_fit(loaded.config, weights, target, name)
     limit = _checked_limit(config, target.config.max_position, "the target's context")
@@ -126,8 +129,8 @@ def _head(config: SpeculativeConfig, target: Target) -> Method:
 
 
 def _drafted(
-    config: SpeculativeConfig, directory: Path | None, target: Target, head: jax.Array
-) -> tuple[np.ndarray | None, jax.Array]:
+    config: SpeculativeConfig, directory: Path | None, target: Target, head: Kernel
+) -> tuple[np.ndarray | None, Kernel]:
     """The only tokens to be drafted int32[V'] or None for all, and their columns of an output head dtype[D, V].
 
     Raises:
@@ -147,7 +150,7 @@ def _drafted(
     if not whole or not ids or len(set(ids)) < len(ids):
         raise ConfigError(f"{where}: expected a list of different token ids, each from 0 to {V - 1}.")
     tokens = np.sort(np.array(ids, np.int32))
-    columns = head[:, tokens]
+    columns = some_outputs(head, tokens)
     if has_places(target.mesh):
         columns = placed(columns, columns, PartitionSpec("width", "vocab"), target.mesh)
     return tokens, columns

@@ -9,7 +9,7 @@ from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, chain
 from specjax.drafters.chain import Choice, choose, draft_if_likely, proposal, proposal_uniforms, widen, windows
 from specjax.target import decoder
 from specjax.target.families import ModelConfig
-from specjax.target.layers import project
+from specjax.target.layers import Kernel, project
 
 
 class DraftWeights(NamedTuple):
@@ -17,12 +17,12 @@ class DraftWeights(NamedTuple):
 
     Attributes:
         params: its weights.
-        columns: dtype[D, V'], of its output head those of the only tokens to be drafted; None for all.
+        columns: a kernel dtype[D, V'], of its output head those of the only tokens to be drafted; None for all.
         token_of: int32[V'], the token of each of these columns; None for all.
     """
 
     params: Any
-    columns: jax.Array | None = None
+    columns: Kernel | None = None
     token_of: jax.Array | None = None
 
 

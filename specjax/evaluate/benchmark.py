@@ -24,7 +24,7 @@ from specjax.evaluate.environment import device_name
 from specjax.evaluate.files import plain_dict, prepare_workdir, write_json
 from specjax.evaluate.prompts import load_prompts
 from specjax.evaluate.run import check_finite
-from specjax.generate import SpeculativeDecoder, narrow_options
+from specjax.generate import SpeculativeDecoder
 from specjax.sampling import SamplingState
 from specjax.target import decoder
 from specjax.tokenizer import encode_prompt
@@ -170,7 +170,7 @@ def _acceptance_systems(config: ConfigDict, target: Target, text: str) -> dict[s
             f"config.step_context={context}: the prompts together have fewer tokens; expected a smaller context."
         )
     cache = decoder.init_cache(target.config, 1, kv.round_capacity(len(tokens)), target.dtype)
-    apply = jax.jit(functools.partial(decoder.apply, target.config), compiler_options=narrow_options())
+    apply = jax.jit(functools.partial(decoder.apply, target.config))
     cache = apply(target.params, jnp.array([tokens[:context]]), jnp.zeros(1, jnp.int32), cache).cache
     window, start = jnp.array([tokens[context:]]), jnp.array([context])
     logits, drafts = apply(target.params, window, start, cache).logits, window[:, 1:]

@@ -14,7 +14,7 @@ from specjax.checkpoints.load import Target
 from specjax.config import SamplingParams, SpeculativeConfig
 from specjax.errors import ConfigError
 from specjax.evaluate.oracle import prefilled_cache, row_starts
-from specjax.generate import NARROW_ROWS, SpeculativeDecoder, batch_rows, narrow_options, prefill_windows
+from specjax.generate import SpeculativeDecoder, batch_rows, prefill_windows
 from specjax.metrics import Metrics
 from specjax.target import decoder
 
@@ -56,9 +56,8 @@ def score_milliseconds(
     """
     runs: dict[tuple[int, int], Callable[[], float]] = {}
     for batch in batches:
-        options = narrow_options() if batch <= NARROW_ROWS else None
         forward = functools.partial(decoder.apply, target.config)
-        score = jax.jit(forward, donate_argnums=3, compiler_options=options)
+        score = jax.jit(forward, donate_argnums=3)
         held = [prefilled_cache(target, tokens, batch, max(widths))]
         for width in widths:
             runs[batch, width] = _score_run(score, target, held, row_starts(batch, len(tokens)), width)
@@ -141,7 +140,7 @@ def _parts(system: step.System) -> dict[str, Any]:
     """The four parts of the step, each compiled on its own, caches and drafter state donated as in the whole step."""
 
     def compiled(function: Any, *donated: int) -> Any:
-        return jax.jit(function, donate_argnums=donated, compiler_options=narrow_options())
+        return jax.jit(function, donate_argnums=donated)
 
     return {
         "propose": compiled(

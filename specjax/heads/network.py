@@ -19,11 +19,11 @@ class Shared(NamedTuple):
 
     Attributes:
         embedding: dtype[V, D].
-        head: dtype[D, V].
+        head: a kernel dtype[D, V].
     """
 
     embedding: jax.Array
-    head: jax.Array
+    head: layers.Kernel
 
 
 class HeadOutput(NamedTuple):

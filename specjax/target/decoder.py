@@ -114,7 +114,7 @@ class DecoderLayer(nn.Module):
             # Finite, because a hidden slot weighs 0 and 0 * inf is NaN; a row that overflows shows it elsewhere.
             mixed, memory = attend(q, layers.rotate(k, cos_sin), jnp.nan_to_num(v))
             out_kernel = weight(self, "out", (K, Q, H, c.width), ("kv_heads", "queries", "head", "width"))
-            out = layers.product(mixed, out_kernel.reshape(-1, c.width))
+            out = layers.product(mixed, layers.with_one_input(out_kernel, c.width))
             if c.out_bias:
                 out += bias(self, "out_bias", (c.width,), ("width",))
             x = x + out
@@ -151,7 +151,35 @@ def scale(module: nn.Module, name: str, width: int) -> jax.Array:
 
 
 def _param(module: nn.Module, name: str, init: Any, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Any:
+    stored: Any = module.get_variable("params", name)
+    if isinstance(stored, layers.RowsFirst):
+        return stored
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, module.dtype)
+
+
+def rows_first(params: Params, tied_head: bool = False) -> Params:
+    """The same weights with each kernel as layers.RowsFirst. params is emptied on the way, so that nothing lies twice.
+
+    Args:
+        tied_head: the head's rows are the embedding itself.
+    """
+    made: Params = {}
+    for name in list(params):
+        value = params.pop(name)
+        if isinstance(value, dict):
+            made[name] = rows_first(value)
+        elif name == "embedding" or name.endswith("bias") or value.ndim < 2:
+            made[name] = value
+        else:
+            made[name] = layers.RowsFirst.of(value, num_inputs=3 if name == "out" else 1)
+    if tied_head:
+        made["head"] = layers.RowsFirst(made["embedding"], made["head"].outputs)
+    return made
+
+
+def as_arrays(params: Params, shapes: Params) -> Params:
+    """Weights of any form as arrays of the shapes that param_shapes gives."""
+    return jax.tree.map(lambda shape, kernel: layers.as_array(kernel).reshape(shape.shape), shapes, params)
 
 
 def init_cache(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> kv.KVCache:
@@ -201,8 +229,8 @@ class AttendToCache(flax.struct.PyTreeNode):
         mixed, *memory = per_device(self._local, inputs, outputs, q, k, v, self.keys, self.values, self.start)
         return mixed.reshape(*mixed.shape[:2], -1), tuple(memory)
 
-    def _local(self, q: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        mixed, keys, values = layers.write_and_attend(q, *arrays, sliding_window=self.sliding_window)
+    def _local(self, q: Any, k: Any, v: Any, keys: Any, values: Any, start: Any) -> tuple[jax.Array, ...]:
+        mixed, keys, values = layers.write_and_attend(q, k, v, keys, values, start, self.sliding_window)
         return mixed.reshape(q.shape), keys, values
 
 

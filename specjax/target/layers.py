@@ -4,6 +4,7 @@ import functools
 import math
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from pallas_kernels import attention
 from pallas_kernels.platforms import on_tpu_or_elsewhere
 from specjax import cache as kv
+from specjax.target import few_rows
 from specjax.target.families import ModelConfig
 
 HIDDEN = attention.HIDDEN
@@ -24,17 +26,68 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return normalised.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+class RowsFirst(flax.struct.PyTreeNode):
+    """A kernel [I, *O] as CPUs read it fastest: for each output a row of what the inputs are multiplied by.
+
+    Checkpoints are read into it for decoding in float32 on one CPU. All functions below take either form.
+
+    Attributes:
+        rows: float32[prod(O), I].
+        outputs: O.
+    """
+
+    rows: jax.Array
+    outputs: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, kernel: jax.Array, num_inputs: int = 1) -> "RowsFirst":
+        """From a kernel, of whose axes the first num_inputs are inputs."""
+        inputs, outputs = kernel.shape[:num_inputs], kernel.shape[num_inputs:]
+        return cls(kernel.reshape(math.prod(inputs), -1).T, outputs)
+
+    def times(self, x: jax.Array) -> jax.Array:
+        """float32[..., *O] from activations float32[..., I]."""
+        flat = x.reshape(-1, x.shape[-1])
+        out = few_rows.times(flat, self.rows) if 1 < len(flat) <= few_rows.MOST else _dot(flat, self.rows, (1,), (1,))
+        return out.reshape(*x.shape[:-1], *self.outputs)
+
+
+Kernel = jax.Array | RowsFirst
+
+
+def as_array(kernel: Kernel) -> jax.Array:
+    """A kernel dtype[I, *O]."""
+    return kernel.rows.T.reshape(-1, *kernel.outputs) if isinstance(kernel, RowsFirst) else kernel
+
+
+def some_outputs(kernel: Kernel, chosen: Any) -> Kernel:
+    """A kernel [I, O] with only the outputs int[O'], in the form that it has."""
+    if isinstance(kernel, RowsFirst):
+        return RowsFirst(kernel.rows[chosen], (len(chosen),))
+    return kernel[:, chosen]
+
+
+def with_one_input(kernel: Kernel, num_outputs: int) -> Kernel:
+    """A kernel [*I, O] as [prod(I), O]."""
+    return kernel if isinstance(kernel, RowsFirst) else kernel.reshape(-1, num_outputs)
+
+
+def product(x: jax.Array, kernel: Kernel) -> jax.Array:
     """Activations [..., I] times a kernel [I, *O], summed in float32 and rounded once to the activations' dtype."""
     return project(x, kernel).astype(x.dtype)
 
 
-@jax.custom_vjp
-def project(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Activations [..., I] times a kernel [I, *O], multiplied in the kernel's dtype and summed in float32.
+def project(x: jax.Array, kernel: Kernel) -> jax.Array:
+    """Activations [..., I] times a kernel [I, *O], multiplied in the kernel's dtype and summed in float32."""
+    if isinstance(kernel, RowsFirst):
+        return kernel.times(x.astype(kernel.rows.dtype))
+    return _project(x, kernel)
 
-    Its gradient does the same, so that all three products of a training step run where the hardware multiplies that
-    dtype (XLA on CPU uses its matrix unit, AMX, for bfloat16 with float32 results).
+
+@jax.custom_vjp
+def _project(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """project. Its gradient does the same, so that all three products of a training step run where the hardware
+    multiplies that dtype (XLA on CPU uses its matrix unit, AMX, for bfloat16 with float32 results).
     """
     return _dot(x.astype(kernel.dtype), kernel, (x.ndim - 1,), (0,))
 
@@ -44,7 +97,7 @@ def _dot(x: jax.Array, y: jax.Array, over_x: tuple[int, ...], over_y: tuple[int,
 
 
 def _project_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return project(x, kernel), (x.astype(kernel.dtype), kernel, jnp.zeros((), x.dtype))
+    return _project(x, kernel), (x.astype(kernel.dtype), kernel, jnp.zeros((), x.dtype))
 
 
 def _project_backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -56,7 +109,7 @@ def _project_backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tupl
     return dx.astype(like.dtype), dk.astype(kernel.dtype)
 
 
-project.defvjp(_project_forward, _project_backward)
+_project.defvjp(_project_forward, _project_backward)
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[np.ndarray, float]:

@@ -21,7 +21,7 @@ from specjax.errors import ConfigError
 from specjax.evaluate.files import write_json
 from specjax.target import decoder
 from specjax.target.families import ModelConfig
-from specjax.target.layers import project
+from specjax.target.layers import Kernel, project
 from specjax.train.responses import Response
 
 LONGEST = 4096
@@ -72,7 +72,7 @@ def _stacked(tapped: Sequence[jax.Array], like: jax.Array) -> jax.Array:
     return jnp.stack(tapped, axis=2) if tapped else jnp.zeros((*like.shape[:2], 0, like.shape[-1]), like.dtype)
 
 
-def _best_tokens(head: jax.Array, final: jax.Array) -> jax.Array:
+def _best_tokens(head: Kernel, final: jax.Array) -> jax.Array:
     """The argmax of final @ head, int32[B, T], some tokens at a time because all logits together fill gigabytes."""
     flat = final.reshape(-1, final.shape[-1])
     chunk = min(HEAD_CHUNK, len(flat))

@@ -10,7 +10,7 @@ from specjax.heads import network
 from specjax.heads.config import HeadConfig
 from specjax.target.decoder import Attend, forward
 from specjax.target.families import ModelConfig
-from specjax.target.layers import HIDDEN, project
+from specjax.target.layers import HIDDEN, as_array, project, some_outputs
 
 LossKind = Literal["soft_ce", "kl", "reverse_kl", "tv", "acceptance", "lk_hybrid"]
 
@@ -57,8 +57,8 @@ class Frozen(NamedTuple):
 
 def freeze(target_params: Any, kept: jax.Array, dtype: Any, whole: bool = False) -> Frozen:
     """Frozen from the target's weights."""
-    columns = target_params["head"][:, kept].astype(dtype)
-    whole_head = target_params["head"].astype(dtype) if whole else None
+    columns = as_array(some_outputs(target_params["head"], kept)).astype(dtype)
+    whole_head = as_array(target_params["head"]).astype(dtype) if whole else None
     return Frozen(network.Shared(target_params["embedding"].astype(dtype), columns), kept, columns, whole_head)
 
 

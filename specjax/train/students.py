@@ -11,6 +11,7 @@ from specjax.heads import network
 from specjax.heads.config import HeadConfig, for_target
 from specjax.target import decoder
 from specjax.target.families import ModelConfig
+from specjax.target.layers import as_array, some_outputs
 from specjax.train import losses
 
 Metrics = dict[str, jax.Array]
@@ -40,7 +41,7 @@ class HeadStudent:
         """float32 weights to begin with: random, but for the target's final norm and its head for kept int32[V']."""
         params = network.init(self.config, key, jnp.float32)
         if self.config.own_head:
-            params["head"] = target_params["head"][:, kept].astype(jnp.float32)
+            params["head"] = as_array(some_outputs(target_params["head"], kept)).astype(jnp.float32)
         for index in range(self.config.num_blocks if self.config.norm_output else 0):
             params[f"block_{index}"]["output_norm"] = target_params["final_norm"].astype(jnp.float32)
         return params
