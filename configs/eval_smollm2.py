@@ -49,27 +49,28 @@ def get_config() -> ConfigDict:
     config.sampling = ConfigDict(
         {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_tokens": 128, "seed": 0}
     )
-    # Name -> fields of SpeculativeConfig. Plain decoding is always measured beside them. To measure others, replace
+    # Name -> fields of SpeculativeConfig. Plain decoding is always measured beside them. On CPUs windows of an even
+    # number of tokens, drafts and one more, cost least. To measure others, replace
     # these: --config.methods="{'four': {'method': 'eagle3', 'num_speculative_tokens': 4}}".
     config.methods = ConfigDict(
         {
             "ngram": {
                 "method": "ngram",
-                "num_speculative_tokens": 6,
+                "num_speculative_tokens": 7,
                 "prompt_lookup_min": 3,
                 "prompt_lookup_max": 5,
                 "rejection_sampling_strategy": "residual",
             },
-            "eagle3": {"method": "eagle3", "num_speculative_tokens": 2},
-            "mtp": {"method": "mtp", "num_speculative_tokens": 2},
-            "eagle": {"method": "eagle", "num_speculative_tokens": 2},
-            "draft_model": {"method": "draft_model", "model": "smollm2-135m-draft", "num_speculative_tokens": 2},
+            "eagle3": {"method": "eagle3", "num_speculative_tokens": 1},
+            "mtp": {"method": "mtp", "num_speculative_tokens": 1},
+            "eagle": {"method": "eagle", "num_speculative_tokens": 1},
+            "draft_model": {"method": "draft_model", "model": "smollm2-135m-draft", "num_speculative_tokens": 1},
             "hybrid": {
                 "method": "hybrid",
-                "num_speculative_tokens": 6,
+                "num_speculative_tokens": 7,
                 "prompt_lookup_min": 3,
                 "prompt_lookup_max": 5,
-                "draft_confidence_threshold": 0.5,
+                "draft_confidence_threshold": 0.3,
             },
         }
     )

@@ -38,7 +38,7 @@ def fitted() -> tuple[hc.HeadConfig, network.Params]:
     length = 64
     positions = jnp.broadcast_to(jnp.arange(length), (8, length))
     causal = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (8, length, length))
-    optimizer = optax.adam(2e-2)
+    optimizer = optax.adam(3e-3)
 
     @jax.jit
     def step(params, state, key):

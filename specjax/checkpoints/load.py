@@ -92,7 +92,7 @@ def load_target(
     if has_places(made):
         places = param_places(decoder.param_shapes(config), decoder.param_axes(config), made)
     params = hf.read_params(directory, config, dtype, places)
-    if reads_rows_first(made, dtype):
+    if places is None and reads_rows_first(made, dtype):
         params = decoder.rows_first(params, config.tied_head)
     tokenizer = load_tokenizer(directory) if any(directory.glob("tokenizer*")) else None
     if tokenizer is not None and len(tokenizer) > config.vocab_size:

@@ -11,7 +11,7 @@ import numpy as np
 from specjax import cache as kv
 from specjax import step
 from specjax.checkpoints.load import Target
-from specjax.config import SamplingParams, SpeculativeConfig
+from specjax.config import AUTO, SamplingParams, SpeculativeConfig
 from specjax.errors import ConfigError
 from specjax.evaluate.oracle import prefilled_cache, row_starts
 from specjax.generate import SpeculativeDecoder, batch_rows, prefill_windows
@@ -239,8 +239,8 @@ def measure_costs(
 ) -> dict[str, Any]:
     """The content of summary.json's "costs": the curve of scoring, and what drafting costs. See draft_milliseconds.
 
-    "idle" says that rounds in which no row has drafts score one token only. What a method with a
-    draft_confidence_threshold drafts follows the text, so it has no such cost.
+    "idle" says that rounds in which no row has drafts score one token only. How much a method drafts that has a
+    draft_confidence_threshold, or chooses it ("auto"), follows the text, so it has no such cost.
 
     Args:
         decoders: of the methods, by name, at the batch size of the run; one of them decodes plainly.
@@ -255,7 +255,7 @@ def measure_costs(
     drafts = {
         name: _draft_curve(decoder, phases[name], tokens, sampling, rest)
         for name, decoder in decoders.items()
-        if decoder.config is not None and not decoder.config.draft_confidence_threshold
+        if decoder.config is not None and not _drafts_vary(decoder.config)
     }
     return {
         "context": len(tokens),
@@ -265,6 +265,10 @@ def measure_costs(
         "rest_ms": rest,
         "draft_ms": drafts,
     }
+
+
+def _drafts_vary(config: SpeculativeConfig) -> bool:
+    return config.num_speculative_tokens == AUTO or bool(config.draft_confidence_threshold)
 
 
 def _draft_curve(

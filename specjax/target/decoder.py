@@ -62,9 +62,10 @@ class Decoder(nn.Module):
         cos_sin = layers.rope(c, positions)
         tapped = {}
         memories = []
+        layer = DecoderLayer if self.is_initializing() else _SharedLayer  # lifted, layers would draw other weights
         for index in range(c.num_layers):
             tapped[index] = x
-            x, memory = _SharedLayer(c, self.dtype, name=f"layer_{index}")(x, cos_sin, attends[index])
+            x, memory = layer(c, self.dtype, name=f"layer_{index}")(x, cos_sin, attends[index])
             memories.append(memory)
         tapped[c.num_layers] = x
         final = layers.rms_norm(x, scale(self, "final_norm", c.width), c.norm_eps)
