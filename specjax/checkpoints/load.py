@@ -92,7 +92,7 @@ def load_target(
     if has_places(made):
         places = param_places(decoder.param_shapes(config), decoder.param_axes(config), made)
     params = hf.read_params(directory, config, dtype, places)
-    if places is None and reads_rows_first(made, dtype):
+    if reads_rows_first(made, dtype):
         params = decoder.rows_first(params, config.tied_head)
     tokenizer = load_tokenizer(directory) if any(directory.glob("tokenizer*")) else None
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
@@ -106,7 +106,7 @@ def load_target(
 
 def reads_rows_first(mesh: Mesh | None, dtype: Any) -> bool:
     """Whether kernels are to lie as layers.RowsFirst."""
-    return mesh is None and dtype == jnp.float32 and jax.default_backend() == "cpu"
+    return not has_places(mesh) and dtype == jnp.float32 and jax.default_backend() == "cpu"
 
 
 def _dtype(dtype: Any) -> Any:

@@ -55,9 +55,8 @@ def score_milliseconds(
         Milliseconds [batch][width].
     """
     runs: dict[tuple[int, int], Callable[[], float]] = {}
+    score = jax.jit(functools.partial(decoder.apply, target.config), donate_argnums=3)
     for batch in batches:
-        forward = functools.partial(decoder.apply, target.config)
-        score = jax.jit(forward, donate_argnums=3)
         held = [prefilled_cache(target, tokens, batch, max(widths))]
         for width in widths:
             runs[batch, width] = _score_run(score, target, held, row_starts(batch, len(tokens)), width)
@@ -139,22 +138,21 @@ def _running_state(
 def _parts(system: step.System) -> dict[str, Any]:
     """The four parts of the step, each compiled on its own, caches and drafter state donated as in the whole step."""
 
-    def compiled(function: Any, *donated: int) -> Any:
-        return jax.jit(function, donate_argnums=donated)
-
     return {
-        "propose": compiled(
-            lambda params, drafter, state: step.propose(system, params, state.replace(drafter=drafter)), 1
+        "propose": jax.jit(
+            lambda params, drafter, state: step.propose(system, params, state.replace(drafter=drafter)),
+            donate_argnums=1,
         ),
-        "score": compiled(
-            lambda params, cache, state, proposal: step.score(system, params, state.replace(cache=cache), proposal), 1
+        "score": jax.jit(
+            lambda params, cache, state, proposal: step.score(system, params, state.replace(cache=cache), proposal),
+            donate_argnums=1,
         ),
-        "verify": compiled(lambda state, scores, proposal: step.verify(system, state, scores, proposal)),
-        "commit": compiled(
+        "verify": jax.jit(lambda state, scores, proposal: step.verify(system, state, scores, proposal)),
+        "commit": jax.jit(
             lambda params, models, state, scores, proposal, verdict: step.commit(
                 system, params, state.replace(drafter=models[0]), scores._replace(cache=models[1]), proposal, verdict
             ),
-            1,
+            donate_argnums=1,
         ),
     }
 
@@ -255,7 +253,7 @@ def measure_costs(
     drafts = {
         name: _draft_curve(decoder, phases[name], tokens, sampling, rest)
         for name, decoder in decoders.items()
-        if decoder.config is not None and not _drafts_vary(decoder.config)
+        if decoder.config is not None and not drafts_vary(decoder.config)
     }
     return {
         "context": len(tokens),
@@ -267,7 +265,8 @@ def measure_costs(
     }
 
 
-def _drafts_vary(config: SpeculativeConfig) -> bool:
+def drafts_vary(config: SpeculativeConfig) -> bool:
+    """Whether a method drafts more tokens in some rounds than in others, as the text has it."""
     return config.num_speculative_tokens == AUTO or bool(config.draft_confidence_threshold)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from specjax.checkpoints.load import Target
 from specjax.evaluate import environment
-from specjax.evaluate.costs import predict
+from specjax.evaluate.costs import drafts_vary, predict
 from specjax.evaluate.experiment import PLAIN, Experiment
 from specjax.evaluate.oracle import Comparison, compare_greedy
 from specjax.evaluate.prompts import Prompt
@@ -139,8 +139,7 @@ def _predicted(run: Run, costs: Mapping[str, Any]) -> dict[str, Any]:
     for name, method in run.experiment.methods.items():
         measured = run.measured(name)
         total = fastest(measured, measured)
-        varies = str(method.num_speculative_tokens) == "auto" or bool(method.draft_confidence_threshold)
-        if total is not None and not varies:
+        if total is not None and not drafts_vary(method):
             totals[name] = total
     return predict(costs, totals, run.experiment.batch_size)
 

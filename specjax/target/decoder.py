@@ -165,6 +165,9 @@ def rows_first(params: Params, tied_head: bool = False) -> Params:
         tied_head: the head's rows are the embedding itself.
     """
     made: Params = {}
+    if tied_head:
+        del params["head"]
+        made["head"] = layers.RowsFirst(params["embedding"], params["embedding"].shape[:1])
     for name in list(params):
         value = params.pop(name)
         if isinstance(value, dict):
@@ -173,8 +176,6 @@ def rows_first(params: Params, tied_head: bool = False) -> Params:
             made[name] = value
         else:
             made[name] = layers.RowsFirst.of(value, num_inputs=3 if name == "out" else 1)
-    if tied_head:
-        made["head"] = layers.RowsFirst(made["embedding"], made["head"].outputs)
     return made
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 MOST = 16
-"""Rows from which on a matrix product is as fast."""
+"""Rows beyond which a matrix product is as fast."""
 
 
 def times(x: jax.Array, matrix: jax.Array) -> jax.Array:
