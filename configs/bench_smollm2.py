@@ -37,6 +37,10 @@ def get_config() -> ConfigDict:
     config.acceptance = ConfigDict(
         {"no cut": {"temperature": 1.0}, "top-k, top-p": {"temperature": 1.0, "top_k": 50, "top_p": 0.9}}
     )
+    # Name -> a training config, of which one step of one draft is compared with a product of matrices.
+    config.training = ConfigDict(
+        {"eagle3": "train_eagle3_smollm2", "eagle": "train_eagle_smollm2", "mtp": "train_mtp_smollm2"}
+    )
     # Name -> fields of SpeculativeConfig, each measured against plain decoding.
     config.methods = ConfigDict(
         {

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,12 @@ import pytest
 import tiny
 from ml_collections import ConfigDict
 from models import QUICK
+from safetensors.numpy import load_file, save_file
 
 from specjax.cli import main
 from specjax.errors import ConfigError, SpecJAXError
 from specjax.train import features, trainer
-from specjax.train.export import export
+from specjax.train.export import export, read_trained
 from specjax.train.responses import Response
 
 STEPS, LOG, CHECKPOINT = 12, 2, 4
@@ -182,6 +184,61 @@ def test_a_run_begins_with_the_weights_it_is_given(folder, uninterrupted, tmp_pa
     assert curve(tmp_path / "on")[0]["loss"] < curve(tmp_path / "new")[0]["loss"]
     with pytest.raises(ConfigError, match="init_from='nowhere'"):
         run(folder, tmp_path / "missing", init_from="nowhere")
+
+
+HARDLY = {"learning_rate": 1e-12, "warmup_steps": 0, "weight_decay": 0.0}
+RAW_EAGLE3 = {"method": "eagle3", "taps": [0, 1, 2], "draft_vocab_size": 50}
+HEADS = [{"method": "eagle", "layernorms": True}, {"method": "mtp"}, RAW_EAGLE3, RAW_EAGLE3 | {"fc_norm": True}]
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("kind", ["training", "checkpoint"])
+def test_a_run_that_hardly_learns_writes_the_head_that_it_began_with(folder, tmp_path, head, kind):
+    common = {"head": head, "loss_vocab_size": 40, "steps": LOG, "unroll": [[0, 1]]}
+    run(folder, tmp_path / "first", **common)
+    begin = tmp_path / "first" / "head"
+    if kind == "checkpoint":
+        begin = export(tmp_path / "first", tmp_path / "exported", dtype="float32")
+    run(folder, tmp_path / "second", **common, init_from=str(begin), optimizer=HARDLY)
+    before, after = (read_trained(tmp_path / name / "head") for name in ("first", "second"))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), before[1], after[1])
+    np.testing.assert_array_equal(before[2], after[2])
+
+
+def test_a_draft_model_goes_on_from_its_checkpoint(folder, tmp_path):
+    sizes = {"width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 32}
+    common = {"head": {"method": "draft_model", **sizes}, "loss_vocab_size": 40, "steps": LOG, "unroll": [[0, 1]]}
+    run(folder, tmp_path / "first", **common)
+    exported = export(tmp_path / "first", tmp_path / "exported", dtype="float32")
+    run(folder, tmp_path / "second", **common, init_from=str(exported), optimizer=HARDLY)
+    before, after = (read_trained(tmp_path / name / "head") for name in ("first", "second"))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), before[1], after[1])
+    np.testing.assert_array_equal(before[2], after[2])
+
+
+def test_a_head_of_another_kind_or_size_to_begin_with_is_refused_by_name(folder, tmp_path):
+    run(folder, tmp_path / "first", steps=LOG, unroll=[[0, 1]])
+    exported = export(tmp_path / "first", tmp_path / "exported")
+    for name in (str(tmp_path / "first" / "head"), str(exported)):
+        with pytest.raises(ConfigError, match="init_from=.*mlp_width=.*, this config's has 24"):
+            run(folder, tmp_path / "second", head=RAW_EAGLE3 | {"mlp_width": 24}, init_from=name)
+
+
+def test_channels_of_the_targets_states_may_have_any_scale(folder, tmp_path):
+    shutil.copytree(folder / "target", tmp_path / "target")
+    path = tmp_path / "target" / "model.safetensors"
+    tensors = load_file(path)
+    factors = 2.0 ** np.random.RandomState(0).randint(-5, 6, tensors["model.norm.weight"].shape).astype(np.float32)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * factors
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] / factors
+    save_file(tensors, path)
+    losses = []
+    for target in (folder, tmp_path):
+        once = {"steps": 1, "log_every": 1, "checkpoint_every": 1, "eval_every": 1, "unroll": [[0, 1]]}
+        changes = {"target": str(target / "target"), "features_dir": str(target / "features")}
+        run(folder, target / "scaled", head=HEADS[0], loss_vocab_size=40, **once, **changes)
+        losses.append(curve(target / "scaled")[0]["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(folder, tmp_path):

@@ -249,6 +249,26 @@ def read_head(
     return LoadedHead(head, params, speculator, vocabulary, _num_speculative_tokens(speculator))
 
 
+def read_token_map(path: Path, vocab_size: int, setting: str) -> np.ndarray:
+    """The tokens that a TOKEN_MAP lists, int32[V'], increasing.
+
+    Args:
+        setting: what gave the path, for messages.
+
+    Raises:
+        ConfigError: it cannot be read, or does not list different tokens of the target.
+    """
+    where = f"{setting}={str(path)!r}"
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}; expected a JSON file with a list of token ids.") from error
+    whole = isinstance(ids, list) and all(type(token) is int and 0 <= token < vocab_size for token in ids)
+    if not whole or not ids or len(set(ids)) < len(ids):
+        raise ConfigError(f"{where}: expected a list of different token ids, each from 0 to {vocab_size - 1}.")
+    return np.sort(np.array(ids, np.int32))
+
+
 def _foreign(names: Sequence[str], dialect: Names, num_layers: int) -> tuple[str, ...]:
     """Tensors that belong to the target, where the head lies in its checkpoint."""
     if not dialect.own:

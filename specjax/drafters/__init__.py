@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from specjax.checkpoints import pretrained
-from specjax.checkpoints.heads import TOKEN_MAP, LoadedHead, detect_method, read_head
+from specjax.checkpoints.heads import TOKEN_MAP, LoadedHead, detect_method, read_head, read_token_map
 from specjax.checkpoints.load import Target, load_target, reads_rows_first
 from specjax.config import AUTO, SpeculativeConfig
 from specjax.drafters.base import Drafter, draft_counts
@@ -141,15 +140,7 @@ def _drafted(
         path = Path(config.speculative_token_map)
     elif path is None or not path.is_file():
         return None, head
-    where, V = f"SpeculativeConfig.speculative_token_map={str(path)!r}", target.config.vocab_size
-    try:
-        ids = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{where}: {error}; expected a JSON file with a list of token ids.") from error
-    whole = isinstance(ids, list) and all(type(token) is int and 0 <= token < V for token in ids)
-    if not whole or not ids or len(set(ids)) < len(ids):
-        raise ConfigError(f"{where}: expected a list of different token ids, each from 0 to {V - 1}.")
-    tokens = np.sort(np.array(ids, np.int32))
+    tokens = read_token_map(path, target.config.vocab_size, "SpeculativeConfig.speculative_token_map")
     columns = some_outputs(head, tokens)
     if has_places(target.mesh):
         columns = placed(columns, columns, PartitionSpec("width", "vocab"), target.mesh)

@@ -1,6 +1,7 @@
 """What the README claims of speed, measured: ratios within one run, best of several interleaved repeats."""
 
 import functools
+import importlib
 import importlib.util
 import os
 import time
@@ -28,10 +29,15 @@ from specjax.generate import SpeculativeDecoder
 from specjax.sampling import SamplingState
 from specjax.target import decoder
 from specjax.tokenizer import encode_prompt
+from specjax.train.students import student_for
+from specjax.train.trainer import TrainConfig, Trainer
 from specjax.verify import residual, round_uniforms
 
 BARE_STEPS = 32
 """Steps of a bare compiled step that are timed together."""
+
+MATRIX, PRODUCT = 2048, "product"
+"""Side of the float32 matrices whose product training steps are compared with, and what it is called."""
 
 
 def benchmark(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any = None) -> dict[str, Any]:
@@ -49,7 +55,8 @@ def benchmark(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any
     prompts = [prompt.text for prompt in load_prompts(config.prompts, config.num_prompts)]
     systems = _decoding_systems(config, target)
     text = " ".join(prompt.text for prompt in load_prompts(config.prompts, 0))
-    steps = _step_systems(config, target) | _acceptance_systems(config, target, text)
+    training, operations = _training_systems(config, target, Path(workdir))
+    steps = _step_systems(config, target) | _acceptance_systems(config, target, text) | training
     seconds: dict[str, dict[Any, float]] = {name: {} for name in [*systems, *steps]}
     tokens: dict[str, dict[Any, int]] = {name: {} for name in systems}
     total, done = config.repeats * (len(prompts) * len(systems) + config.step_repeats * len(steps)), 0
@@ -84,7 +91,8 @@ def benchmark(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any
         "repeats": config.repeats,
         "tokens_per_second": rates,
         "step_milliseconds": step_ms,
-        "rows": _rows(rates, step_ms, config),
+        "step_operations": operations,
+        "rows": _rows(rates, step_ms, config) + _training_rows(step_ms, operations),
     }
     write_json(Path(workdir) / "benchmark.json", results)
     return results
@@ -201,6 +209,72 @@ def _acceptance_systems(config: ConfigDict, target: Target, text: str) -> dict[s
     for name, fields in config.acceptance.items():
         systems[f"acceptance, {name}"] = accepting(SamplingParams.model_validate(plain_dict(fields)))
     return systems
+
+
+class _Noise:
+    """Random tokens and states in the place of a training's data; see specjax.train.data.Store."""
+
+    def __init__(self, target: Target, taps: tuple[int, ...], length: int, num: int):
+        self.lengths = np.full(num, length)
+        self.names = [f"noise-{index}#0" for index in range(num)]
+        self._target, self._taps, self._length = target.config, taps, length
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int, length: int) -> dict[str, np.ndarray]:
+        random, T, D = np.random.default_rng(index), self._length, self._target.width
+        part: dict[str, np.ndarray] = {"tokens": random.integers(self._target.vocab_size, size=T, dtype=np.int32)}
+        part |= {"best": np.roll(part["tokens"], -1), "positions": np.arange(T, dtype=np.int32)}
+        part |= {"loss_mask": np.ones(T, bool), "final": random.standard_normal((T, D), np.float32)}
+        if self._taps:
+            part["taps"] = random.standard_normal((T, len(self._taps), D), np.float32)
+        return {name: array[:length] for name, array in part.items()}
+
+
+def _training_systems(
+    config: ConfigDict, target: Target, workdir: Path
+) -> tuple[dict[str, Callable[[], float]], dict[str, float]]:
+    """Name -> seconds of one training step, and of a product; and name -> floating-point operations."""
+    systems: dict[str, Callable[[], float]] = {}
+    operations: dict[str, float] = {}
+    for method, name in config.training.items():
+        fields = importlib.import_module(f"specjax.configs.{name}").get_config()
+        fields.update({"target": config.target, "dtype": config.dtype, "init_from": "", "features": "cache"})
+        fields.data.held_out_every = 0
+        made = TrainConfig.from_config(fields)
+        student = student_for(target.config, **made.head)
+        store = _Noise(target, student.taps, made.data.length, made.data.rows)
+        trainer = Trainer(made, workdir, target, student, store)
+        step = f"training step, {method}"
+        systems[step], operations[step] = trainer.timed_step(num_unrolled=1)
+    if systems:
+        matrix = jax.random.normal(jax.random.key(0), (MATRIX, MATRIX))
+        square = jax.jit(jnp.dot).lower(matrix, matrix).compile()
+
+        def product() -> float:
+            began = time.perf_counter()
+            jax.block_until_ready(square(matrix, matrix))
+            return time.perf_counter() - began
+
+        systems[PRODUCT], operations[PRODUCT] = product, 2.0 * MATRIX**3
+    for run in systems.values():
+        run()  # warm-up
+    return systems, operations
+
+
+def _training_rows(step_ms: dict[str, float], operations: dict[str, float]) -> list[dict[str, Any]]:
+    rates = {name: num / step_ms[name] / 1e6 for name, num in operations.items()}
+    return [
+        {
+            "claim": f"{name}, over a product of {MATRIX} x {MATRIX} matrices",
+            "measured": f"{rate:.0f} / {rates[PRODUCT]:.0f} GFLOP/s",
+            "ratio": rate / rates[PRODUCT],
+            "goal": ">= 0.60",
+        }
+        for name, rate in rates.items()
+        if name != PRODUCT
+    ]
 
 
 def _rows(rates: dict[str, float], step_ms: dict[str, float], config: ConfigDict) -> list[dict[str, Any]]:

@@ -17,8 +17,8 @@ from specjax.errors import ConfigError
 from specjax.heads import network
 from specjax.heads.config import HeadConfig
 from specjax.target.families import ModelConfig, RopeScaling
+from specjax.train.begin import restore_params
 from specjax.train.students import DraftModelStudent, HeadStudent, Student
-from specjax.train.trainer import restore_params
 
 
 def export(

@@ -50,6 +50,21 @@ class HeadStudent:
         """The same as jax.ShapeDtypeStruct."""
         return network.param_shapes(self.config)
 
+    @property
+    def reads_raw(self) -> bool:
+        """Whether its first product reads the target's states without a norm, as EAGLE and the first EAGLE-3 do."""
+        c = self.config
+        return not (c.norm_each_tap or c.norm_before_fusing if c.taps else c.hidden_norm)
+
+    def scaled(self, params: Any, factors: jax.Array) -> Any:
+        """The weights of the same function of the states times 1 / factors float32[n, D_t], where it reads them raw."""
+        part, name = ("fusion", "kernel") if self.config.taps else ("block_0", "join")
+        rows = factors.reshape(-1, 1)
+        if name == "join":
+            embedding = jnp.ones((self.config.layer.width, 1), rows.dtype)
+            rows = jnp.concatenate([embedding, rows] if self.config.embedding_first else [rows, embedding])
+        return params | {part: params[part] | {name: params[part][name] * rows}}
+
     def loss(
         self,
         settings: losses.LossSettings,
@@ -69,6 +84,7 @@ class DraftModelStudent:
 
     config: ModelConfig
     taps: tuple[int, ...] = ()
+    reads_raw: bool = False
 
     @property
     def draft_vocab_size(self) -> int:

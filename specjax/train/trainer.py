@@ -8,7 +8,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from specjax.evaluate.prompts import load_prompts
 from specjax.generate import enable_compilation_cache
 from specjax.sharding import put
 from specjax.train import data, features, losses, responses
+from specjax.train.begin import inherit, with_sharding
 from specjax.train.respond import FILE, RespondConfig, answer, respond_config
 from specjax.train.students import Student, student_for
 
@@ -335,7 +336,12 @@ class Trainer:
         if not counts.sum():
             raise ConfigError("responses: hold no token to learn from; expected answers of the target.")
         size = size if size < vocab_size else config.loss_vocab_size
-        self.vocabulary = _inherited_vocabulary(config.init_from, student) if config.init_from else None
+        mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self.by_row = NamedSharding(mesh, PartitionSpec("data"))
+        self.inherited, self.vocabulary = None, None
+        if config.init_from:
+            self.inherited, self.vocabulary = inherit(config.init_from, student, target, self.replicated)
         if self.vocabulary is None and size:
             self.vocabulary = data.choose_vocabulary(counts, size)
         self.facts: dict[str, float] = {"sequences": len(trained), "sequence_tokens": int(store.lengths[trained].sum())}
@@ -346,9 +352,6 @@ class Trainer:
         self.data_digest = _digest(store, self.vocabulary)
         rows = data.Rows(store, trained, config.data.length, config.seed)
         self.batches = iter(data.batches(rows, config.data.rows, config.seed))
-        mesh = Mesh(np.array(jax.devices()[:num_devices]), ("data",))
-        self.replicated = NamedSharding(mesh, PartitionSpec())
-        self.by_row = NamedSharding(mesh, PartitionSpec("data"))
         evaluated = data.Rows(store, held_out, config.data.length, config.seed)
         self.held_out = data.in_order(evaluated, config.data.rows, config.eval_batches)
         self.optimizer, self.learning_rate = make_optimizer(config.optimizer, config.steps)
@@ -361,6 +364,9 @@ class Trainer:
         on_the_fly = config.features == "on_the_fly"
         self.target_params = _put_all(target.params, self.replicated) if on_the_fly else None
         self.target_config = target.config
+        # A product that reads the target's states raw learns in units of their root mean square: some channels are
+        # hundreds of times larger than others, and steps that treat all alike hardly move what the small ones do.
+        self.units = self._rms_of_states(data.in_order(rows, config.data.rows, 1)[0]) if student.reads_raw else None
         self.begin_with = {name: target.params[name] for name in ("embedding", "head", "final_norm")}, seen.kept
         self.programs: dict[int, Any] = {}
         self.flops: dict[int, float] = {}
@@ -411,18 +417,25 @@ class Trainer:
             board.close()
         return self._finish(state, log)
 
+    def timed_step(self, num_unrolled: int) -> tuple[Callable[[], float], float]:
+        """For benchmarks: what does one more step and gives its seconds; and a step's floating-point operations."""
+        state, batch = self._new_state(), _put_all(next(self.batches), self.by_row)
+        program, _ = self._program(state, batch, num_unrolled)
+
+        def run() -> float:
+            nonlocal state
+            began = time.perf_counter()
+            state, _ = jax.block_until_ready(program(state, batch, self.frozen, self.target_params))
+            return time.perf_counter() - began
+
+        return run, self.flops[num_unrolled]
+
     def _restore_or_init(self, manager: ocp.CheckpointManager) -> TrainState:
         """The last checkpoint's state, and the data and counters brought to it; else a new state."""
-        shapes = jax.eval_shape(self._init, *self.begin_with)
         latest = manager.latest_step()
         if latest is None:
-            begin_with = _put_all(self.begin_with, self.replicated)
-            state = jax.jit(self._init, out_shardings=self.replicated)(*begin_with)
-            if self.config.init_from:
-                params = restore_params(self.config.init_from, shapes.params, self.replicated, "init_from")
-                state = state._replace(params=params)
-            return state
-        abstract = _with_sharding(shapes, self.replicated)
+            return self._new_state()
+        abstract = with_sharding(jax.eval_shape(self._init, *self.begin_with), self.replicated)
         arguments = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()), run=ocp.args.JsonRestore())
         found = manager.restore(latest, args=arguments)
         if found.run["data"] != self.data_digest:
@@ -433,6 +446,11 @@ class Trainer:
         self.batches.set_state(found.run["batches"])
         self.num_tokens, self.seconds = found.run["num_tokens"], found.run["seconds"]
         return TrainState(**found.state)
+
+    def _new_state(self) -> TrainState:
+        begin_with = _put_all(self.begin_with, self.replicated)
+        state: TrainState = jax.jit(self._init, out_shardings=self.replicated)(*begin_with)
+        return state if self.inherited is None else state._replace(params=self._to_units(self.inherited))
 
     def _init(self, target_params: Any, kept: jax.Array) -> TrainState:
         params = self.student.init(jax.random.key(self.config.seed), target_params, kept)
@@ -464,7 +482,7 @@ class Trainer:
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
 
         def loss(params: Any) -> Any:
-            params = self._to_compute(params)
+            params = self._to_compute(self._from_units(params))
             return self.student.loss(self.config.loss, params, frozen, batch, num_unrolled, key)
 
         (value, metrics), gradients = jax.value_and_grad(loss, has_aux=True)(state.params)
@@ -482,6 +500,27 @@ class Trainer:
         wide = functools.partial(jax.tree.map, lambda x: x.astype(jnp.float32))
         return batch._replace(final=wide(batch.final), taps=wide(batch.taps))
 
+    def _rms_of_states(self, batch: data.Batch) -> jax.Array:
+        """Of each channel of what a head reads raw, float32[n, D_t], over the tokens of a batch."""
+
+        def measure(batch: data.Batch, target_params: Any) -> jax.Array:
+            batch = self._with_features(batch, target_params)
+            states = batch.taps if self.student.taps else batch.final[:, :, None]
+            counted = (batch.segments > 0)[..., None, None]
+            rms = jnp.sqrt((counted * states**2).sum(axis=(0, 1)) / counted.sum())
+            return jnp.maximum(rms, 1e-3 * rms.max())
+
+        measured = jax.jit(measure, out_shardings=self.replicated)
+        return measured(_put_all(batch, self.replicated), self.target_params)
+
+    def _to_units(self, params: Any) -> Any:
+        """The weights that learn, from those that decode."""
+        return params if self.units is None else self.student.scaled(params, self.units)
+
+    def _from_units(self, params: Any) -> Any:
+        """The weights that decode, from those that learn."""
+        return params if self.units is None else self.student.scaled(params, 1.0 / self.units)
+
     def _to_compute(self, arrays: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(self.compute_dtype), arrays)
 
@@ -492,7 +531,7 @@ class Trainer:
 
             def evaluate(params: Any, batch: data.Batch, frozen: Any, target_params: Any) -> Any:
                 batch = self._with_features(batch, target_params)
-                params = self._to_compute(params)
+                params = self._to_compute(self._from_units(params))
                 value, metrics = self.student.loss(self.config.loss, params, frozen, batch, num_unrolled)
                 return {"loss": value} | metrics
 
@@ -521,7 +560,8 @@ class Trainer:
         )
 
     def _finish(self, state: TrainState, log: "MetricsLog") -> dict[str, Any]:
-        write_head(self.workdir / "head", self.student.fields(), state.params, self.vocabulary)
+        params = jax.jit(self._from_units, out_shardings=self.replicated)(state.params)
+        write_head(self.workdir / "head", self.student.fields(), params, self.vocabulary)
         last = log.lines[-1]
         validated = [line["validation"] for line in log.lines if "validation" in line]
         summary = {
@@ -590,10 +630,6 @@ def _put_all(tree: Any, where: Sharding) -> Any:
     return jax.tree.map(lambda x: put(x, where), tree)
 
 
-def _with_sharding(shapes: Any, sharding: Sharding) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
-
-
 def write_head(path: Path, fields: dict[str, Any], params: Any, vocabulary: np.ndarray | None) -> None:
     """Writes a head: params/ (orbax), head.json, and vocabulary.npy, the tokens that it learnt; all processes call."""
     temporary = path.with_name(path.name + ".partial")
@@ -617,46 +653,6 @@ def _digest(store: data.Store, vocabulary: np.ndarray | None) -> str:
     digest = hashlib.sha256(json.dumps([store.names, np.asarray(store.lengths).tolist()]).encode())
     digest.update(b"" if vocabulary is None else np.asarray(vocabulary, np.int64).tobytes())
     return digest.hexdigest()
-
-
-def _inherited_vocabulary(path: str, student: Student) -> np.ndarray | None:
-    """The draft vocabulary of the head that training goes on from, after a look at what else that head is.
-
-    Raises:
-        ConfigError: there is no head, or it is another one than the config describes.
-    """
-    folder = Path(path)
-    if not (folder / "head.json").is_file():
-        raise ConfigError(f"init_from={path!r}: holds no head.json; expected the head/ folder of a training.")
-    theirs = json.loads((folder / "head.json").read_text(encoding="utf-8"))
-    ours = json.loads(json.dumps(student.fields()))
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            raise ConfigError(
-                f"init_from={path!r}: is a head with {name}={theirs.get(name)!r}, this config's has "
-                f"{ours.get(name)!r}; expected equal config.head fields."
-            )
-    vocabulary = folder / "vocabulary.npy"
-    return np.load(vocabulary) if vocabulary.is_file() else None
-
-
-def restore_params(path: str | os.PathLike[str], shapes: Any, sharding: Sharding, name: str = "source") -> Any:
-    """The weights of a head that write_head wrote. name: of the setting that gave the path, for messages.
-
-    Raises:
-        ConfigError: there is none, or it is of another shape.
-    """
-    folder = Path(path).absolute() / "params"
-    if not folder.is_dir():
-        raise ConfigError(f"{name}={os.fspath(path)!r}: holds no params/; expected the head/ folder of a training.")
-    with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            return checkpointer.restore(folder, _with_sharding(shapes, sharding))
-        except ValueError as error:
-            raise ConfigError(
-                f"{name}={os.fspath(path)!r}: its weights do not have the shapes of its head ({error}); expected what "
-                "`specjax train` wrote."
-            ) from error
 
 
 def _check_same_run(path: Path, config: TrainConfig) -> None:
