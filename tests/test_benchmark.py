@@ -31,6 +31,7 @@ def test_every_claim_gets_a_row(model, own_cache, tiny_trainings, tmp_path):
     config = bench_smollm2.get_config()
     config.target = str(model)
     config.num_prompts, config.max_tokens, config.repeats, config.step_repeats, config.batch = 1, 8, 1, 1, 2
+    config.step_context = 100
     config.training = tiny_trainings
     done = []
     results = benchmark(config, tmp_path, lambda *step: done.append(step))

@@ -1,5 +1,6 @@
 """Training runs of tiny heads: they learn, go on after a kill as if nothing had been, and refuse what can't be."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,14 +15,19 @@ import numpy as np
 import pytest
 import tiny
 from ml_collections import ConfigDict
-from models import QUICK
+from models import QUICK, random_target
 from safetensors.numpy import load_file, save_file
+from test_heads import random_weights
 
 from specjax.cli import main
 from specjax.errors import ConfigError, SpecJAXError
+from specjax.heads import config as heads
+from specjax.heads import network
+from specjax.target.decoder import AttendWithin
 from specjax.train import features, trainer
 from specjax.train.export import export, read_trained
 from specjax.train.responses import Response
+from specjax.train.students import HeadStudent
 
 STEPS, LOG, CHECKPOINT = 12, 2, 4
 TIMES = ("tokens_per_second", "matmul_flops_per_second")
@@ -188,7 +194,19 @@ def test_a_run_begins_with_the_weights_it_is_given(folder, uninterrupted, tmp_pa
 
 HARDLY = {"learning_rate": 1e-12, "warmup_steps": 0, "weight_decay": 0.0}
 RAW_EAGLE3 = {"method": "eagle3", "taps": [0, 1, 2], "draft_vocab_size": 50}
-HEADS = [{"method": "eagle", "layernorms": True}, {"method": "mtp"}, RAW_EAGLE3, RAW_EAGLE3 | {"fc_norm": True}]
+HEADS = [
+    {"method": "eagle", "layernorms": True},
+    {"method": "mtp", "wiring": "qwen3_next", "qk_norm": True},
+    RAW_EAGLE3,
+    RAW_EAGLE3 | {"fc_norm": True},
+]
+
+
+def assert_same_heads(first: Path, second: Path) -> None:
+    """As far as float32 tells weights that went through units from those that did not."""
+    (_, before, learnt), (_, after, learnt_after) = read_trained(first / "head"), read_trained(second / "head")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), before, after)
+    np.testing.assert_array_equal(learnt, learnt_after)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -200,9 +218,7 @@ def test_a_run_that_hardly_learns_writes_the_head_that_it_began_with(folder, tmp
     if kind == "checkpoint":
         begin = export(tmp_path / "first", tmp_path / "exported", dtype="float32")
     run(folder, tmp_path / "second", **common, init_from=str(begin), optimizer=HARDLY)
-    before, after = (read_trained(tmp_path / name / "head") for name in ("first", "second"))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), before[1], after[1])
-    np.testing.assert_array_equal(before[2], after[2])
+    assert_same_heads(tmp_path / "first", tmp_path / "second")
 
 
 def test_a_draft_model_goes_on_from_its_checkpoint(folder, tmp_path):
@@ -211,24 +227,56 @@ def test_a_draft_model_goes_on_from_its_checkpoint(folder, tmp_path):
     run(folder, tmp_path / "first", **common)
     exported = export(tmp_path / "first", tmp_path / "exported", dtype="float32")
     run(folder, tmp_path / "second", **common, init_from=str(exported), optimizer=HARDLY)
-    before, after = (read_trained(tmp_path / name / "head") for name in ("first", "second"))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), before[1], after[1])
-    np.testing.assert_array_equal(before[2], after[2])
+    assert_same_heads(tmp_path / "first", tmp_path / "second")
 
 
 def test_a_head_of_another_kind_or_size_to_begin_with_is_refused_by_name(folder, tmp_path):
-    run(folder, tmp_path / "first", steps=LOG, unroll=[[0, 1]])
+    run(folder, tmp_path / "first", head=RAW_EAGLE3, steps=LOG, unroll=[[0, 1]])
     exported = export(tmp_path / "first", tmp_path / "exported")
-    for name in (str(tmp_path / "first" / "head"), str(exported)):
-        with pytest.raises(ConfigError, match="init_from=.*mlp_width=.*, this config's has 24"):
-            run(folder, tmp_path / "second", head=RAW_EAGLE3 | {"mlp_width": 24}, init_from=name)
+    draft_model = {"method": "draft_model", "width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1}
+    others = {
+        "has mlp_width=.*, but what config.head describes has 24": RAW_EAGLE3 | {"mlp_width": 24},
+        "has method='eagle3', but what config.head describes has 'mtp'": {"method": "mtp"},
+        "init_from=.*(method='eagle3'|model_type)": draft_model | {"mlp_width": 32},
+    }
+    for name in (str(tmp_path / "first"), str(tmp_path / "first" / "head"), str(exported)):
+        for message, head in others.items():
+            with pytest.raises(ConfigError, match=message):
+                run(folder, tmp_path / "second", head=head, init_from=name)
+    with pytest.raises(ConfigError, match="init_from=.*expected what `specjax train` wrote"):
+        run(folder, tmp_path / "second", init_from=str(tmp_path))
+
+
+@pytest.mark.parametrize("embedding_first", [True, False])
+@pytest.mark.parametrize("taps", [(), (0, 1, 2)])
+def test_scaled_weights_are_the_same_function_of_scaled_states(embedding_first, taps):
+    layer = dataclasses.replace(random_target(0).config, num_layers=1, sliding_windows=(None,))
+    config = heads.eagle(layer, layer.width)
+    if taps:
+        config = heads.eagle3(layer, layer.width, taps, layer.vocab_size)
+    student = HeadStudent(dataclasses.replace(config, embedding_first=embedding_first))
+    assert student.reads_raw
+    keys = jax.random.split(jax.random.key(0), 4)
+    features = jax.random.normal(keys[0], (2, 5, len(taps) or 1, layer.width))
+    factors = jnp.exp(jax.random.normal(keys[1], features.shape[2:]))
+    shared = network.Shared(jax.random.normal(keys[2], (layer.vocab_size, layer.width)), jnp.zeros((layer.width, 1)))
+    tokens, positions = jnp.arange(10).reshape(2, 5), jnp.tile(jnp.arange(5), (2, 1))
+    attends = [AttendWithin(jnp.tril(jnp.ones((2, 5, 5), bool)))]
+
+    def outputs(params, features):
+        feature = network.fuse(student.config, params, features)
+        return network.run(student.config, params, shared, tokens, feature, positions, attends).hidden
+
+    params = random_weights(student.config, 3)
+    found = outputs(student.scaled(params, factors), features / factors)
+    np.testing.assert_allclose(found, outputs(params, features), rtol=1e-3, atol=1e-4)
 
 
 def test_channels_of_the_targets_states_may_have_any_scale(folder, tmp_path):
     shutil.copytree(folder / "target", tmp_path / "target")
     path = tmp_path / "target" / "model.safetensors"
     tensors = load_file(path)
-    factors = 2.0 ** np.random.RandomState(0).randint(-5, 6, tensors["model.norm.weight"].shape).astype(np.float32)
+    factors = 2.0 ** np.random.RandomState(0).randint(-4, 5, tensors["model.norm.weight"].shape).astype(np.float32)
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * factors
     tensors["lm_head.weight"] = tensors["lm_head.weight"] / factors
     save_file(tensors, path)

@@ -36,7 +36,7 @@ from specjax.verify import residual, round_uniforms
 BARE_STEPS = 32
 """Steps of a bare compiled step that are timed together."""
 
-MATRIX, PRODUCT = 2048, "product"
+MATRIX, PRODUCT = 2048, "product of matrices"
 """Side of the float32 matrices whose product training steps are compared with, and what it is called."""
 
 
@@ -235,7 +235,10 @@ class _Noise:
 def _training_systems(
     config: ConfigDict, target: Target, workdir: Path
 ) -> tuple[dict[str, Callable[[], float]], dict[str, float]]:
-    """Name -> seconds of one training step, and of a product; and name -> floating-point operations."""
+    """Name -> seconds of one training step, and of a product; and name -> floating-point operations.
+
+    A step's are those of its program before XLA simplifies it, in which products are all but a few in a hundred.
+    """
     systems: dict[str, Callable[[], float]] = {}
     operations: dict[str, float] = {}
     for method, name in config.training.items():

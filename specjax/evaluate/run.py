@@ -2,9 +2,10 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,6 +115,7 @@ class _Evaluation:
         self.encoded: dict[tuple[str, int], list[int]] = {}
         self.refreshed = self.mark = time.perf_counter()
         self.prompt_tokens(prompts[0], 0)  # and so is a missing chat template
+        self.capacity = self._capacity()
 
     def prompt_tokens(self, prompt: Prompt, turn: int) -> list[int]:
         """The token ids of a turn, earlier turns and plain decoding's answers to them included.
@@ -123,20 +125,32 @@ class _Evaluation:
         """
         key = prompt.id, turn
         if key not in self.encoded:
-            texts = []
+            answers = []
             for earlier in range(turn):
                 answer = self.results.answers.get((prompt.id, earlier, PLAIN, 0))
                 if answer is None or answer.error is not None:
                     raise SpecJAXError(f"turn {earlier} of prompt {prompt.id!r} has no answer that this could follow.")
-                texts += [prompt.turns[earlier], answer.text]
-            texts.append(prompt.turns[turn])
-            asked: Any = "\n\n".join(texts)
-            if self.experiment.chat:
-                asked = [
-                    {"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)
-                ]
-            self.encoded[key] = encode_prompt(self.target.tokenizer, asked, self.experiment.chat)
+                answers.append(answer.text)
+            self.encoded[key] = self._encode(prompt.turns[: turn + 1], answers)
         return self.encoded[key]
+
+    def _encode(self, turns: Sequence[str], answers: Sequence[str]) -> list[int]:
+        """The token ids of a conversation of turns and the answers to all of them but the last."""
+        texts = [text for pair in itertools.zip_longest(turns, answers) for text in pair if text is not None]
+        asked: Any = "\n\n".join(texts)
+        if self.experiment.chat:
+            asked = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
+        return encode_prompt(self.target.tokenizer, asked, self.experiment.chat)
+
+    def _capacity(self) -> int:
+        """Positions that the longest conversation can need, so that the same programs serve all prompts."""
+        longest, limit = 0, self.target.config.max_position
+        for prompt in self.prompts:
+            with contextlib.suppress(SpecJAXError):  # what is wrong with a prompt is recorded with its answers
+                asked = len(self._encode(prompt.turns, [""] * (len(prompt.turns) - 1)))
+                needed = asked + len(prompt.turns) * self.experiment.sampling.max_tokens
+                longest = max(longest, needed if needed <= limit else 0)
+        return longest
 
     def measure(self) -> None:
         """Measures what results.jsonl lacks."""
@@ -190,7 +204,7 @@ class _Evaluation:
 
     def _answer_of_ours(self, decoder: SpeculativeDecoder, tokens: list[int], answer: Answer) -> Answer:
         def generate() -> tuple[GenerationResult, float]:
-            result = decoder.generate([tokens], self.experiment.sampling)
+            result = decoder.generate([tokens], self.experiment.sampling, min_capacity=self.capacity)
             return result, result.metrics.compile_seconds
 
         result, compile_seconds = _warmed_up(generate)
@@ -296,7 +310,8 @@ class _Evaluation:
             prompt = first[category]
             with _recorded():
                 sampling = self.experiment.sampling
-                result = self.decoders[name].generate([self.prompt_tokens(prompt, 0)], sampling, trace=True)
+                asked = [self.prompt_tokens(prompt, 0)]
+                result = self.decoders[name].generate(asked, sampling, min_capacity=self.capacity, trace=True)
                 rounds = spell(result.traces[0], self.target.tokenizer) if result.traces else []
                 yield {
                     "prompt": prompt.id,

@@ -13,7 +13,7 @@ from jax.sharding import Sharding
 from specjax.checkpoints import hf, pretrained
 from specjax.checkpoints.heads import TOKEN_MAP, read_head, read_token_map
 from specjax.checkpoints.load import Target
-from specjax.errors import AssetError, ConfigError
+from specjax.errors import AssetError, CheckpointError, ConfigError
 from specjax.sharding import put
 from specjax.target.families import from_hf
 from specjax.train.students import DraftModelStudent, HeadStudent, Student
@@ -23,52 +23,59 @@ def inherit(name: str, student: Student, target: Target, sharding: Sharding) -> 
     """The weights to begin with, and the tokens that they were trained to draft, None for all.
 
     Args:
-        name: the head/ folder of a training, or the name or directory of a head in a checkpoint.
+        name: the workdir of a training or its head/ folder, or the name or directory of a head in a checkpoint.
         student: what the weights are to be of.
         sharding: of the weights.
 
     Raises:
         ConfigError: no head is there, or it is another one than the student's.
-        CheckpointError: the checkpoint cannot be read.
     """
-    folder = Path(name)
-    if (folder / "head.json").is_file():
-        _check_same_head(name, student, json.loads((folder / "head.json").read_text(encoding="utf-8")))
-        vocabulary = folder / "vocabulary.npy"
+    folders = Path(name), Path(name) / "head"
+    trained = next((folder for folder in folders if (folder / "head.json").is_file()), None)
+    if trained is not None:
+        _check_same(name, student, json.loads((trained / "head.json").read_text(encoding="utf-8")))
+        vocabulary = trained / "vocabulary.npy"
         learnt = np.load(vocabulary) if vocabulary.is_file() else None
-        return restore_params(folder, student.param_shapes(), sharding, "init_from"), learnt
+        return restore_params(trained, student.param_shapes(), sharding, "init_from"), learnt
     try:
-        directory = pretrained.resolve(name)
-    except AssetError as error:
-        raise ConfigError(f"init_from={name!r}: expected the head/ folder of a training, or a head: {error}") from error
-    theirs, params, learnt = _from_checkpoint(directory, student, target)
-    _check_same_head(name, student, theirs.fields())
+        directory = pretrained.resolve(name, pickles=True)
+        params, learnt = _from_checkpoint(name, directory, student, target)
+    except (AssetError, CheckpointError) as error:
+        raise ConfigError(f"init_from={name!r}: {error}; expected what `specjax train` wrote, or a head.") from error
     if learnt is None and (directory / TOKEN_MAP).is_file():
         learnt = read_token_map(directory / TOKEN_MAP, target.config.vocab_size, "init_from")
     return jax.tree.map(lambda x: put(x, sharding), params), learnt
 
 
-def _from_checkpoint(directory: Path, student: Student, target: Target) -> tuple[Student, Any, np.ndarray | None]:
+def _from_checkpoint(name: str, directory: Path, student: Student, target: Target) -> tuple[Any, np.ndarray | None]:
+    """Weights, and the draft vocabulary of heads that have one."""
     if isinstance(student, DraftModelStudent):
         config = from_hf(hf.read_config(directory))
+        _check_same(name, student, DraftModelStudent(config).fields())
         params = hf.read_params(directory, config, np.dtype("float32"))
-        return DraftModelStudent(config), {part: x for part, x in params.items() if part != "head"}, None
+        return {part: x for part, x in params.items() if part != "head"}, None
     loaded = read_head(directory, target.config, np.dtype("float32"), target.params)
-    return HeadStudent(loaded.config), loaded.params, loaded.vocabulary
+    _check_same(name, student, HeadStudent(loaded.config).fields())
+    return loaded.params, loaded.vocabulary
 
 
-def _check_same_head(name: str, student: Student, theirs: dict[str, Any]) -> None:
-    """Raises:
-    ConfigError: a field of the head differs from what the config describes.
+def _check_same(name: str, student: Student, theirs: dict[str, Any]) -> None:
+    """Compares what a head is made of, but for what only names its layers' family.
+
+    Raises:
+        ConfigError: a field differs from what the config describes.
     """
-    ours = json.loads(json.dumps(student.fields()))
-    theirs = json.loads(json.dumps(theirs))
-    ours, theirs = ({**fields.pop("layer"), **fields} for fields in (ours, theirs))
-    for field in sorted(ours.keys() | theirs.keys()):
+    ours, theirs = json.loads(json.dumps([student.fields(), theirs]))
+    for fields in (ours, theirs):
+        fields |= fields.pop("layer", {})
+        fields.pop("family", None)
+        if student.fields()["method"] != "draft_model":
+            fields.pop("tied_head", None)
+    for field in ("method", *sorted(ours.keys() | theirs.keys())):
         if ours.get(field) != theirs.get(field):
             raise ConfigError(
-                f"init_from={name!r}: is a head with {field}={theirs.get(field)!r}, this config's has "
-                f"{ours.get(field)!r}; expected equal config.head fields."
+                f"init_from={name!r}: has {field}={theirs.get(field)!r}, but what config.head describes has "
+                f"{ours.get(field)!r}; expected the same head."
             )
 
 

@@ -38,7 +38,10 @@ class HeadStudent:
         return dataclasses.asdict(self.config)
 
     def init(self, key: jax.Array, target_params: Any, kept: jax.Array) -> Any:
-        """float32 weights to begin with: random, but for the target's final norm and its head for kept int32[V']."""
+        """float32 weights to begin with: random, but for the target's final norm and its head for kept int32[V'].
+
+        Where the states are read raw, these are weights for states in units of their root mean squares.
+        """
         params = network.init(self.config, key, jnp.float32)
         if self.config.own_head:
             params["head"] = as_array(some_outputs(target_params["head"], kept)).astype(jnp.float32)
@@ -80,7 +83,7 @@ class HeadStudent:
 
 @dataclasses.dataclass(frozen=True)
 class DraftModelStudent:
-    """A language model of the target's vocabulary with a tied head; the same attributes and methods as HeadStudent."""
+    """A language model of the target's vocabulary with a tied head; what HeadStudent has, but it reads no states."""
 
     config: ModelConfig
     taps: tuple[int, ...] = ()

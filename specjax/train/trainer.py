@@ -32,7 +32,7 @@ from specjax.sharding import put
 from specjax.train import data, features, losses, responses
 from specjax.train.begin import inherit, with_sharding
 from specjax.train.respond import FILE, RespondConfig, answer, respond_config
-from specjax.train.students import Student, student_for
+from specjax.train.students import HeadStudent, Student, student_for
 
 FEATURES = ("cache", "on_the_fly")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -204,7 +204,7 @@ class TrainState(NamedTuple):
     """What a training step changes.
 
     Attributes:
-        params: float32 weights of the head.
+        params: float32 weights of the head, of what reads states raw in units of their root mean squares.
         opt_state: the optimiser's.
         step: steps done, int32[].
     """
@@ -445,12 +445,16 @@ class Trainer:
             )
         self.batches.set_state(found.run["batches"])
         self.num_tokens, self.seconds = found.run["num_tokens"], found.run["seconds"]
+        if self.units is not None:
+            self.units = put(np.array(found.run["units"], np.float32), self.replicated)
         return TrainState(**found.state)
 
     def _new_state(self) -> TrainState:
         begin_with = _put_all(self.begin_with, self.replicated)
         state: TrainState = jax.jit(self._init, out_shardings=self.replicated)(*begin_with)
-        return state if self.inherited is None else state._replace(params=self._to_units(self.inherited))
+        if self.inherited is None:
+            return state
+        return state._replace(params=jax.jit(self._to_units, out_shardings=self.replicated)(self.inherited))
 
     def _init(self, target_params: Any, kept: jax.Array) -> TrainState:
         params = self.student.init(jax.random.key(self.config.seed), target_params, kept)
@@ -459,6 +463,7 @@ class Trainer:
     def _save(self, manager: ocp.CheckpointManager, state: TrainState) -> None:
         run = {"data": self.data_digest, "batches": self.batches.get_state()}
         run |= {"num_tokens": self.num_tokens, "seconds": self.seconds}
+        run["units"] = None if self.units is None else np.asarray(self.units).tolist()
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), run=ocp.args.JsonSave(run))
         manager.save(int(state.step), args=arguments)
 
@@ -501,25 +506,34 @@ class Trainer:
         return batch._replace(final=wide(batch.final), taps=wide(batch.taps))
 
     def _rms_of_states(self, batch: data.Batch) -> jax.Array:
-        """Of each channel of what a head reads raw, float32[n, D_t], over the tokens of a batch."""
+        """Of each channel of what a head reads raw, float32[n, D_t], over the tokens of a batch.
+
+        At least a thousandth of the largest of its tap.
+        """
 
         def measure(batch: data.Batch, target_params: Any) -> jax.Array:
             batch = self._with_features(batch, target_params)
             states = batch.taps if self.student.taps else batch.final[:, :, None]
             counted = (batch.segments > 0)[..., None, None]
             rms = jnp.sqrt((counted * states**2).sum(axis=(0, 1)) / counted.sum())
-            return jnp.maximum(rms, 1e-3 * rms.max())
+            return jnp.maximum(rms, 1e-3 * rms.max(axis=-1, keepdims=True))
 
         measured = jax.jit(measure, out_shardings=self.replicated)
-        return measured(_put_all(batch, self.replicated), self.target_params)
+        return measured(_put_all(batch, self.by_row), self.target_params)
 
     def _to_units(self, params: Any) -> Any:
         """The weights that learn, from those that decode."""
-        return params if self.units is None else self.student.scaled(params, self.units)
+        if self.units is None:
+            return params
+        assert isinstance(self.student, HeadStudent)  # which alone reads states
+        return self.student.scaled(params, self.units)
 
     def _from_units(self, params: Any) -> Any:
         """The weights that decode, from those that learn."""
-        return params if self.units is None else self.student.scaled(params, 1.0 / self.units)
+        if self.units is None:
+            return params
+        assert isinstance(self.student, HeadStudent)
+        return self.student.scaled(params, 1.0 / self.units)
 
     def _to_compute(self, arrays: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(self.compute_dtype), arrays)
