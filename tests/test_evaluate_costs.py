@@ -76,7 +76,7 @@ def test_measured_costs_have_a_number_for_every_batch_width_and_count(monkeypatc
     methods = {"plain": None, "ngram": NGRAM}
     decoders = {name: SpeculativeDecoder(target, method, max_batch_size=2) for name, method in methods.items()}
     phases = {name: dict.fromkeys((*costs.PHASES, "round"), 0.5) for name in decoders}
-    phases["ngram"]["propose"] = 7.0
+    phases["plain"]["round"], phases["ngram"]["round"] = 1.5, 8.5
     found = costs.measure_costs(decoders, phases, TOKENS, SamplingParams(), [1, 2])
     assert (found["context"], found["batch"], found["widths"]) == (20, [1, 2], [1, 2, 3])
     assert np.shape(found["score_ms"]) == (2, 3) and np.min(found["score_ms"]) > 0

@@ -180,17 +180,12 @@ def _timed_rounds(
     return seconds, state
 
 
-def draft_milliseconds(phases: Mapping[str, float], rest: float) -> float:
-    """What a round costs beyond scoring and beyond `rest`.
+def rest_milliseconds(phases: Mapping[str, float]) -> float:
+    """What a round costs beyond scoring, from what phase_milliseconds gives.
 
-    That is proposing, and what verifying and committing take longer than in plain decoding: there a drafter learns
-    from the round.
-
-    Args:
-        phases: as phase_milliseconds gives them.
-        rest: milliseconds of verifying and committing in plain decoding.
+    Of whole rounds: a part that is compiled by itself writes to memory what the whole round keeps from it.
     """
-    return max(phases["propose"] + phases["verify"] + phases["commit"] - rest, 0.0)
+    return max(phases["round"] - phases["score"], 0.0)
 
 
 def predicted_speedups(
@@ -235,7 +230,8 @@ def measure_costs(
     sampling: SamplingParams,
     batches: Sequence[int],
 ) -> dict[str, Any]:
-    """The content of summary.json's "costs": the curve of scoring, and what drafting costs. See draft_milliseconds.
+    """The content of summary.json's "costs": the curve of scoring, what plain rounds cost beyond it ("rest_ms"), and
+    what drafting costs: how much more that is in rounds with drafts.
 
     "idle" says that rounds in which no row has drafts score one token only. How much a method drafts that has a
     draft_confidence_threshold, or chooses it ("auto"), follows the text, so it has no such cost.
@@ -247,7 +243,7 @@ def measure_costs(
         batches: rows of the curve.
     """
     plain, owner = next((name, owner) for name, owner in decoders.items() if owner.config is None)
-    rest = phases[plain]["verify"] + phases[plain]["commit"]
+    rest = rest_milliseconds(phases[plain])
     largest = max(decoder.programs.system.drafter.num_speculative_tokens for decoder in decoders.values())
     widths = list(range(1, largest + 2))
     drafts = {
@@ -280,8 +276,9 @@ def _draft_curve(
     for num in range(1, drafter.num_speculative_tokens):
         config = SpeculativeConfig.model_validate(fields | {"num_speculative_tokens": num})
         fewer = SpeculativeDecoder(owner.target, config, max_batch_size=owner.max_batch_size)
-        spent.append(draft_milliseconds(phase_milliseconds(fewer, tokens, sampling, repeats=2), rest))
-    spent.append(draft_milliseconds(phases, rest))
+        spent.append(rest_milliseconds(phase_milliseconds(fewer, tokens, sampling, repeats=2)))
+    spent.append(rest_milliseconds(phases))
+    spent = [max(milliseconds - rest, 0.0) for milliseconds in spent]
     return {"K": list(range(1, len(spent) + 1)), "ms": spent, "idle": drafter.widths[0] == 1}
 
 
