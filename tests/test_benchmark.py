@@ -39,7 +39,7 @@ def test_every_claim_gets_a_row(model, own_cache, tiny_trainings, tmp_path):
     assert json.loads((tmp_path / "benchmark.json").read_text()) == results
     claims = [row["claim"] for row in results["rows"]]
     training = [claim for claim in claims if claim.startswith("training step")]
-    assert [claim.split(",")[1].strip() for claim in training] == ["eagle3", "eagle"]
+    assert [claim.split(",")[1].strip() for claim in training] == ["eagle", "eagle3"]
     assert {"ngram over plain decoding", "batch 2 over batch 1"} < set(claims)
     for row in results["rows"]:
         assert row["ratio"] is None or row["ratio"] > 0
