@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     config.features = "cache"
     # Where they are kept; empty for DIR/features. Runs that share a target and its taps can share it.
     config.features_dir = ""
-    # A head to go on from: the head/ folder of an earlier training, or the name or directory of a checkpoint, such as
+    # A head to go on from: the workdir of an earlier training, or the name or directory of a checkpoint, such as
     # smollm2-135m-eagle3; empty: random weights.
     config.init_from = ""
     # For heads with the target's whole vocabulary: the loss looks at so many frequent tokens; 0 for all.

@@ -175,6 +175,11 @@ def put(array: Any, where: Place) -> jax.Array:
     return jax.make_array_from_callback(whole.shape, where, lambda part: whole[part])
 
 
+def put_all(tree: Any, where: Place) -> Any:
+    """put for every array of a tree."""
+    return jax.tree.map(lambda array: put(array, where), tree)
+
+
 def on_mesh(tree: Any, mesh: Mesh | None) -> Any:
     """What lies nowhere in particular yet, as arrays of the host do, whole on every device of a mesh; None changes
     nothing."""

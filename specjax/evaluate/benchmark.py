@@ -1,7 +1,6 @@
 """What the README claims of speed, measured: ratios within one run, best of several interleaved repeats."""
 
 import functools
-import importlib
 import importlib.util
 import os
 import time
@@ -217,19 +216,19 @@ class _Noise:
     def __init__(self, target: Target, taps: tuple[int, ...], length: int, num: int):
         self.lengths = np.full(num, length)
         self.names = [f"noise-{index}#0" for index in range(num)]
-        self._target, self._taps, self._length = target.config, taps, length
+        self._target, self._taps = target.config, taps
 
     def __len__(self) -> int:
         return len(self.names)
 
     def read(self, index: int, length: int) -> dict[str, np.ndarray]:
-        random, T, D = np.random.default_rng(index), self._length, self._target.width
+        random, T, D = np.random.default_rng(index), length, self._target.width
         part: dict[str, np.ndarray] = {"tokens": random.integers(self._target.vocab_size, size=T, dtype=np.int32)}
         part |= {"best": np.roll(part["tokens"], -1), "positions": np.arange(T, dtype=np.int32)}
         part |= {"loss_mask": np.ones(T, bool), "final": random.standard_normal((T, D), np.float32)}
         if self._taps:
             part["taps"] = random.standard_normal((T, len(self._taps), D), np.float32)
-        return {name: array[:length] for name, array in part.items()}
+        return part
 
 
 def _training_systems(

@@ -14,7 +14,7 @@ from specjax.checkpoints import hf, pretrained
 from specjax.checkpoints.heads import TOKEN_MAP, read_head, read_token_map
 from specjax.checkpoints.load import Target
 from specjax.errors import AssetError, CheckpointError, ConfigError
-from specjax.sharding import put
+from specjax.sharding import put_all
 from specjax.target.families import from_hf
 from specjax.train.students import DraftModelStudent, HeadStudent, Student
 
@@ -30,13 +30,11 @@ def inherit(name: str, student: Student, target: Target, sharding: Sharding) -> 
     Raises:
         ConfigError: no head is there, or it is another one than the student's.
     """
-    folders = Path(name), Path(name) / "head"
-    trained = next((folder for folder in folders if (folder / "head.json").is_file()), None)
+    trained = trained_head(Path(name))
     if trained is not None:
         _check_same(name, student, json.loads((trained / "head.json").read_text(encoding="utf-8")))
-        vocabulary = trained / "vocabulary.npy"
-        learnt = np.load(vocabulary) if vocabulary.is_file() else None
-        return restore_params(trained, student.param_shapes(), sharding, "init_from"), learnt
+        params = restore_params(trained, student.param_shapes(), sharding, "init_from")
+        return params, read_vocabulary(trained)
     try:
         directory = pretrained.resolve(name, pickles=True)
         params, learnt = _from_checkpoint(name, directory, student, target)
@@ -44,7 +42,18 @@ def inherit(name: str, student: Student, target: Target, sharding: Sharding) -> 
         raise ConfigError(f"init_from={name!r}: {error}; expected what `specjax train` wrote, or a head.") from error
     if learnt is None and (directory / TOKEN_MAP).is_file():
         learnt = read_token_map(directory / TOKEN_MAP, target.config.vocab_size, "init_from")
-    return jax.tree.map(lambda x: put(x, sharding), params), learnt
+    return put_all(params, sharding), learnt
+
+
+def trained_head(folder: Path) -> Path | None:
+    """The head/ folder of a training, given that or the workdir; None where there is none."""
+    return next((path for path in (folder, folder / "head") if (path / "head.json").is_file()), None)
+
+
+def read_vocabulary(head: Path) -> np.ndarray | None:
+    """The tokens that a head of a training learnt; None for all."""
+    path = head / "vocabulary.npy"
+    return np.load(path) if path.is_file() else None
 
 
 def _from_checkpoint(name: str, directory: Path, student: Student, target: Target) -> tuple[Any, np.ndarray | None]:
@@ -69,7 +78,7 @@ def _check_same(name: str, student: Student, theirs: dict[str, Any]) -> None:
     for fields in (ours, theirs):
         fields |= fields.pop("layer", {})
         fields.pop("family", None)
-        if student.fields()["method"] != "draft_model":
+        if isinstance(student, HeadStudent):
             fields.pop("tied_head", None)
     for field in ("method", *sorted(ours.keys() | theirs.keys())):
         if ours.get(field) != theirs.get(field):

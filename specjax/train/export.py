@@ -17,7 +17,7 @@ from specjax.errors import ConfigError
 from specjax.heads import network
 from specjax.heads.config import HeadConfig
 from specjax.target.families import ModelConfig, RopeScaling
-from specjax.train.begin import restore_params
+from specjax.train.begin import read_vocabulary, restore_params, trained_head
 from specjax.train.students import DraftModelStudent, HeadStudent, Student
 
 
@@ -41,8 +41,7 @@ def export(
         ConfigError: no head, no target, or a head that the format cannot express.
         CheckpointError: the checkpoint cannot be read.
     """
-    folder, token_map = Path(source), None
-    trained = next((path for path in (folder, folder / "head") if (path / "head.json").is_file()), None)
+    trained, token_map = trained_head(Path(source)), None
     if trained is not None:
         summary = trained.parent / "summary.json"
         if not target and summary.is_file():
@@ -97,5 +96,4 @@ def read_trained(folder: Path) -> tuple[HeadConfig | ModelConfig, network.Params
     params = restore_params(folder, student.param_shapes(), SingleDeviceSharding(jax.devices()[0]))
     if isinstance(student, DraftModelStudent):
         params = params | {"head": params["embedding"].T}
-    path = folder / "vocabulary.npy"
-    return student.config, params, np.load(path) if path.is_file() else None
+    return student.config, params, read_vocabulary(folder)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from specjax import processes
@@ -28,7 +28,7 @@ from specjax.evaluate.environment import device_name
 from specjax.evaluate.files import plain_dict, prepare_workdir, write_json, write_text
 from specjax.evaluate.prompts import load_prompts
 from specjax.generate import enable_compilation_cache
-from specjax.sharding import put
+from specjax.sharding import put, put_all
 from specjax.train import data, features, losses, responses
 from specjax.train.begin import inherit, with_sharding
 from specjax.train.respond import FILE, RespondConfig, answer, respond_config
@@ -359,14 +359,16 @@ class Trainer:
         kept = np.arange(target.config.vocab_size, dtype=np.int32) if self.vocabulary is None else self.vocabulary
         # Validation asks what decoding will see: the tokens that will be drafted, and the target's whole law.
         seen = losses.freeze(target.params, jnp.asarray(kept), self.compute_dtype, whole=True)
-        self.frozen_to_validate = _put_all(seen, self.replicated)
+        self.frozen_to_validate = put_all(seen, self.replicated)
         self.frozen = self.frozen_to_validate._replace(whole_head=None)
         on_the_fly = config.features == "on_the_fly"
-        self.target_params = _put_all(target.params, self.replicated) if on_the_fly else None
+        self.target_params = put_all(target.params, self.replicated) if on_the_fly else None
         self.target_config = target.config
         # A product that reads the target's states raw learns in units of their root mean square: some channels are
         # hundreds of times larger than others, and steps that treat all alike hardly move what the small ones do.
-        self.units = self._rms_of_states(data.in_order(rows, config.data.rows, 1)[0]) if student.reads_raw else None
+        # Measured where a state is begun, and restored with it.
+        self.rows = rows
+        self.units: jax.Array | None = None
         self.begin_with = {name: target.params[name] for name in ("embedding", "head", "final_norm")}, seen.kept
         self.programs: dict[int, Any] = {}
         self.flops: dict[int, float] = {}
@@ -391,7 +393,7 @@ class Trainer:
                 batch = next(self.batches)
                 self.num_tokens += int(np.count_nonzero(batch.segments))
                 num_unrolled = config.num_unrolled(step)
-                batch = _put_all(batch, self.by_row)
+                batch = put_all(batch, self.by_row)
                 program, compile_seconds = self._program(state, batch, num_unrolled)
                 began += compile_seconds
                 state, metrics = program(state, batch, self.frozen, self.target_params)
@@ -419,7 +421,7 @@ class Trainer:
 
     def timed_step(self, num_unrolled: int) -> tuple[Callable[[], float], float]:
         """For benchmarks: what does one more step and gives its seconds; and a step's floating-point operations."""
-        state, batch = self._new_state(), _put_all(next(self.batches), self.by_row)
+        state, batch = self._new_state(), put_all(next(self.batches), self.by_row)
         program, _ = self._program(state, batch, num_unrolled)
 
         def run() -> float:
@@ -445,12 +447,14 @@ class Trainer:
             )
         self.batches.set_state(found.run["batches"])
         self.num_tokens, self.seconds = found.run["num_tokens"], found.run["seconds"]
-        if self.units is not None:
+        if self.student.reads_raw:
             self.units = put(np.array(found.run["units"], np.float32), self.replicated)
         return TrainState(**found.state)
 
     def _new_state(self) -> TrainState:
-        begin_with = _put_all(self.begin_with, self.replicated)
+        if self.student.reads_raw:
+            self.units = self._rms_of_states(data.in_order(self.rows, self.config.data.rows, 1)[0])
+        begin_with = put_all(self.begin_with, self.replicated)
         state: TrainState = jax.jit(self._init, out_shardings=self.replicated)(*begin_with)
         if self.inherited is None:
             return state
@@ -519,7 +523,7 @@ class Trainer:
             return jnp.maximum(rms, 1e-3 * rms.max(axis=-1, keepdims=True))
 
         measured = jax.jit(measure, out_shardings=self.replicated)
-        return measured(_put_all(batch, self.by_row), self.target_params)
+        return measured(put_all(batch, self.by_row), self.target_params)
 
     def _to_units(self, params: Any) -> Any:
         """The weights that learn, from those that decode."""
@@ -550,7 +554,7 @@ class Trainer:
                 return {"loss": value} | metrics
 
             self.programs[-1] = jax.jit(evaluate, out_shardings=self.replicated)
-        batches = (_put_all(batch, self.by_row) for batch in self.held_out)
+        batches = (put_all(batch, self.by_row) for batch in self.held_out)
         found = [self.programs[-1](params, batch, self.frozen_to_validate, self.target_params) for batch in batches]
         return _means(jax.device_get(found))
 
@@ -638,10 +642,6 @@ def _describe(line: dict[str, Any]) -> str:
     validation = line.get("validation")
     held_out = f", held out {validation['loss']:.3f}" if validation else ""
     return f"loss {line['loss']:.3f}{held_out}, accuracy {accuracy}, {line['tokens_per_second']:.0f} tokens/s"
-
-
-def _put_all(tree: Any, where: Sharding) -> Any:
-    return jax.tree.map(lambda x: put(x, where), tree)
 
 
 def write_head(path: Path, fields: dict[str, Any], params: Any, vocabulary: np.ndarray | None) -> None:
