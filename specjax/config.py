@@ -411,9 +411,9 @@ class SpeculativeConfig(_Settings):
     )
     draft_confidence_threshold: Rate | None = _setting(
         None,
-        "A row's drafts of a round end before the first whose probability of being reached and accepted is below this, "
+        "A row's drafts of a round end with the first whose probability of being reached and accepted is below this, "
         "as the drafter sees it: the product of the largest probabilities (at temperature 1) of its laws up to there. "
-        "Rounds then draft, and the target scores, no more than is promising; num_speculative_tokens is the most. "
+        "Rounds then draft, and the target scores, little more than is promising; num_speculative_tokens is the most. "
         "(transformers' assistant_confidence_threshold looks at each token by itself.) Default: None, all are made.",
         expected="a number in [0, 1], a probability",
         remedy="0.3 to 0.5 suits heads where a wider window costs time, as on CPU; sampled drafts want less",

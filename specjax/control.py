@@ -12,7 +12,8 @@ def switch_in_place(index: jax.Array, branches: Sequence[Callable[[Any], Any]], 
     """branches[index](operand), for branches that update large arrays of the operand in place.
 
     lax.switch makes XLA copy what its branches update: a whole KV cache a step on CPU. A while loop of one or no trips
-    updates in place, so this is a row of those.
+    updates in place, so this is a row of those. What does not change in such a loop XLA would compute before it, whether
+    it runs or not: here nothing counts as unchanged.
 
     Args:
         index: int32[], which branch runs.
@@ -22,8 +23,7 @@ def switch_in_place(index: jax.Array, branches: Sequence[Callable[[Any], Any]], 
     if len(branches) == 1:
         return branches[0](operand)
     for number, branch in enumerate(branches):
-        trips = (index == number).astype(jnp.int32)
-        operand = jax.lax.fori_loop(0, trips, lambda _, x, branch=branch: branch(x), operand)
+        operand = _loop(index == number, branch, operand)
     return operand
 
 
@@ -34,9 +34,20 @@ def run_if(condition: jax.Array, run: Callable[[Any], tuple[Any, Any]], carry: A
         run: carry -> (a pytree of arrays, the new carry).
         carry: a pytree whose large arrays are updated in place.
     """
-    trips, nothing = condition.astype(jnp.int32), zero_outputs(run, carry)
-    result: tuple[Any, Any] = jax.lax.fori_loop(0, trips, lambda _, operand: run(operand[1]), (nothing, carry))
+    result: tuple[Any, Any] = _loop(condition, lambda operand: run(operand[1]), (zero_outputs(run, carry), carry))
     return result
+
+
+def _loop(condition: jax.Array, body: Callable[[Any], Any], operand: Any) -> Any:
+    """body(operand), or the operand where condition, bool[], is false: a loop of one or no trips."""
+    program, shapes = jax.make_jaxpr(body, return_shape=True)(operand)
+
+    def trip(carry):
+        trips, captured, leaves = jax.lax.optimization_barrier((carry[0], program.consts, jax.tree.leaves(carry[1])))
+        result = jax.core.eval_jaxpr(program.jaxpr, captured, *leaves)
+        return trips - 1, jax.tree.unflatten(jax.tree.structure(shapes), result)
+
+    return jax.lax.while_loop(lambda carry: carry[0] > 0, trip, (condition.astype(jnp.int32), operand))[1]
 
 
 def zero_outputs(run: Callable[[Any], tuple[Any, Any]], carry: Any) -> Any:
@@ -58,13 +69,15 @@ def narrowest_window(
     """
     empty = zero_outputs(functools.partial(outputs, widths[-1]), carry)
 
-    def at_width(width):
-        def run(operand):
-            whole, carry = operand
-            part, carry = outputs(width, carry)
-            return jax.tree.map(lambda rows, new: rows.at[:, :width].set(new), whole, part), carry
+    def padded(width, operand):
+        whole, carry = operand
+        part, carry = outputs(width, carry)
+        return jax.tree.map(lambda rows, new: rows.at[:, :width].set(new), whole, part), carry
 
-        return run
+    return in_narrowest(padded, widths, num_needed, (empty, carry))
 
-    narrowest = (num_needed > jnp.array(widths[:-1], jnp.int32)).sum()
-    return switch_in_place(narrowest, [at_width(width) for width in widths], (empty, carry))
+
+def in_narrowest(run: Callable[[int, Any], Any], widths: Sequence[int], num_needed: jax.Array, operand: Any) -> Any:
+    """run(width, operand) for the smallest of some widths that is enough; see narrowest_window and switch_in_place."""
+    index = (num_needed > jnp.array(widths[:-1], jnp.int32)).sum()
+    return switch_in_place(index, [functools.partial(run, width) for width in widths], operand)

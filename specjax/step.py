@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from specjax.control import narrowest_window
+from specjax.control import in_narrowest, narrowest_window
 from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal
 from specjax.sampling import SamplingState, adjust, record_log_probability
 from specjax.trace import Trace, record_round
@@ -105,12 +105,14 @@ class Scores(NamedTuple):
     """The target's view of a round.
 
     Attributes:
-        logits: float32[B, G + 1, V]; row i predicts the token after i drafts.
+        logits: float32[B, G + 1, V]; row i predicts the token after i drafts. Zeros beyond the window that was scored.
+        finite: bool[B, G + 1], whether their largest is a number.
         features: what the drafter may learn from.
         cache: with the entries of the last token and the drafts behind length - 1.
     """
 
     logits: jax.Array
+    finite: jax.Array
     features: Features
     cache: Any
 
@@ -141,18 +143,26 @@ def score(system: System, params: Params, state: DecodeState, proposal: Proposal
 
     def outputs(width, cache):
         out = system.forward(params.target, window[:, :width], start, cache, system.drafter.taps, True)
-        return (out.logits, out.taps, out.final), out.cache
+        return (out.logits, jnp.isfinite(out.logits.max(axis=-1)), out.taps, out.final), out.cache
 
     num_needed = 1 + proposal.num_drafts.max()
-    (logits, taps, final), cache = narrowest_window(outputs, system.drafter.widths, num_needed, state.cache)
-    return Scores(logits, Features(window, start, taps, final), cache)
+    (logits, finite, taps, final), cache = narrowest_window(outputs, system.drafter.widths, num_needed, state.cache)
+    return Scores(logits, finite, Features(window, start, taps, final), cache)
 
 
 def verify(system: System, state: DecodeState, scores: Scores, proposal: Proposal) -> Verdict:
-    """The acceptance rule, on random numbers that only the row's seed and the absolute positions determine."""
-    logits = adjust(scores.logits, state.sampling, proposal.tokens)
+    """The acceptance rule, on random numbers that only the row's seed and the absolute positions determine; over the
+    narrowest window or all drafts, as the round needs.
+    """
     uniforms = round_uniforms(state.sampling, state.length, proposal.tokens.shape[1])
-    return system.rule(logits, proposal, state.sampling, uniforms)
+
+    def verdict(width, _):
+        drafts = proposal.first(width - 1)
+        logits = adjust(scores.logits[:, :width], state.sampling, drafts.tokens)
+        return system.rule(logits, drafts, state.sampling, uniforms.first(width - 1))
+
+    rows, widths = jnp.zeros_like(state.length), sorted({system.drafter.widths[0], system.drafter.widths[-1]})
+    return in_narrowest(verdict, widths, 1 + proposal.num_drafts.max(), Verdict(rows, rows))
 
 
 def commit(
@@ -169,7 +179,7 @@ def commit(
 
     stops = (new_tokens[:, :, None] == state.stop_tokens[:, None, :]).any(axis=-1) & (slots <= accepted)
     until_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1) + 1, slots.size + 1)
-    broken = (~jnp.isfinite(scores.logits.max(axis=-1)) & (slots <= accepted)).any(axis=1)
+    broken = (~scores.finite & (slots <= accepted)).any(axis=1)
     room = jnp.where(state.done | broken, 0, state.max_length - state.length)
     num_new = jnp.minimum(jnp.minimum(verdict.num_accepted + 1, until_stop), room)
     length = state.length + num_new

@@ -66,6 +66,10 @@ class Uniforms(NamedTuple):
     accept: jax.Array
     recover: jax.Array
 
+    def first(self, num: int) -> "Uniforms":
+        """The numbers of a round's first so many drafts and of the token behind them."""
+        return Uniforms(self.accept[:, :num], self.recover[:, : num + 1])
+
 
 Rule = Callable[[jax.Array, Proposal, SamplingState, Uniforms], Verdict]
 
@@ -215,11 +219,12 @@ def synthetic(
     """Accepts by coins alone, whatever was drafted: for measuring what an acceptance rate would be worth. Lossy.
 
     Args:
-        conditional_rates: G probabilities; entry i that of accepting draft i after those before it.
+        conditional_rates: G probabilities or more; entry i that of accepting draft i after those before it.
         best_follows: next_token is the target's best (MAX); False draws it as `residual` would (vLLM).
     """
     check_inputs(logits, *proposal.drawn, sampling.truncation, *uniforms)
-    num_accepted = leading((uniforms.accept < jnp.array(conditional_rates)) & (proposal.tokens != NO_DRAFT))
+    rates = jnp.array(conditional_rates)[: proposal.tokens.shape[1]]
+    num_accepted = leading((uniforms.accept < rates) & (proposal.tokens != NO_DRAFT))
     if best_follows:
         return Verdict(num_accepted, _at(best_token(logits), num_accepted))
     # `residual` at that position alone, with a coin that no draft passes.

@@ -110,7 +110,7 @@ def test_greedy_rows_get_the_draft_models_own_greedy_continuation(sample):
         assert proposal.tokens[row].tolist() == greedy_continuation(draft, text, 3)
 
 
-def test_drafts_end_where_they_become_unlikely():
+def test_drafts_end_with_the_first_unlikely_one():
     draft, texts = random_target(1), [[3], [5, 6], list(range(20)), [1, 2] * 5, [9, 4, 7]]
     params = [RowParams(0.0)] * 3 + [RowParams()] * 2
     every = proposal_after(draft, texts, 3, True, params)
@@ -119,7 +119,9 @@ def test_drafts_end_where_they_become_unlikely():
     likelihood = np.cumprod([[1 / np.exp(law - law.max()).sum() for law in row] for row in laws], axis=1)
     threshold = float(np.sort(likelihood, axis=None)[7:9].mean())
     some = proposal_after(draft, texts, 3, True, params, threshold=threshold)
-    np.testing.assert_array_equal(some.tokens, np.where(likelihood > threshold, every.tokens, NO_DRAFT))
+    going_on = np.pad(likelihood[:, :-1], ((0, 0), (1, 0)), constant_values=1.0) > threshold
+    assert 0 < going_on[:, 1:].sum() < going_on[:, 1:].size
+    np.testing.assert_array_equal(some.tokens, np.where(going_on, every.tokens, NO_DRAFT))
 
 
 def test_sampled_drafts_record_the_distribution_that_they_were_drawn_from():

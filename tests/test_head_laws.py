@@ -122,7 +122,7 @@ def test_the_joint_law_of_the_next_three_tokens_is_the_targets(rule, copies, thr
     cells, owner, logits, probs = [], [], [], []
     found = drafts_of(copies, threshold)
     lengths = {sum(draft != NO_DRAFT for draft in drafts) for options in found.values() for drafts in options}
-    assert lengths == ({0, 1, 2} if threshold else {DRAFTS})
+    assert lengths == ({1, 2} if threshold else {DRAFTS})
     for (which, history), options in found.items():
         for drafts, (law, mass) in options.items():
             real = [draft for draft in drafts if draft != NO_DRAFT]

@@ -65,6 +65,11 @@ class Proposal(NamedTuple):
         """Tokens, and the laws that they come from."""
         return self.tokens, self.probs
 
+    def first(self, num: int) -> "Proposal":
+        """The first so many drafts of each row."""
+        part: Proposal = jax.tree.map(lambda x: x[:, :num], self)
+        return part
+
     @property
     def num_drafts(self) -> jax.Array:
         """int32[B], 0..G."""

@@ -81,12 +81,13 @@ def draft_if_likely(
 
 
 def proposal(choices: Choice, threshold: float) -> Proposal:
-    """A round's drafts, each row's up to where their likelihood falls below the threshold.
+    """A round's drafts, each row's up to the first whose likelihood is below the threshold, and with it: it is made.
 
-    Whether a draft is proposed follows from its law and the drafts before it, not from its token, so what is proposed
-    was drawn from the law that it comes with.
+    Whether a draft is proposed follows from the laws of those before it, not from its token, so what is proposed was
+    drawn from the law that it comes with.
     """
-    tokens = jnp.where(choices.likelihood >= threshold, choices.token, NO_DRAFT) if threshold else choices.token
+    before = jnp.pad(choices.likelihood[:, :-1], ((0, 0), (1, 0)), constant_values=1.0)
+    tokens = jnp.where(before >= threshold, choices.token, NO_DRAFT) if threshold else choices.token
     return Proposal(tokens, choices.probs, choices.logit)
 
 
@@ -96,7 +97,7 @@ def proposal_uniforms(sampling: SamplingState, length: jax.Array, num_speculativ
 
 
 def windows(num_speculative_tokens: int, limited: bool, threshold: float) -> tuple[int, ...]:
-    """Drafter.widths of rounds of all drafts, or none where the context is limited, or any number with a threshold."""
+    """Drafter.widths of rounds of all drafts, or none where the context is limited, or fewer with a threshold."""
     if threshold:
-        return tuple(num + 1 for num in draft_counts(num_speculative_tokens))
+        return tuple(num + 1 for num in draft_counts(num_speculative_tokens) if num or limited)
     return (1, num_speculative_tokens + 1) if limited else (num_speculative_tokens + 1,)

@@ -42,7 +42,7 @@ def draft_model(
         sample: draw drafts from the draft model's distribution, truncated by the row's own sampling parameters, and
             record it; greedy rows draft greedily all the same. False drafts greedily for all rows.
         max_model_len: rows whose drafts would reach beyond this many positions decode without drafts.
-        confidence_threshold: a row's drafts end before the first that is less likely to be reached and accepted, by
+        confidence_threshold: a row's drafts end with the first that is less likely to be reached and accepted, by
             the draft model's own law.
     """
     G = num_speculative_tokens

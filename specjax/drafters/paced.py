@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from specjax.control import switch_in_place, zero_outputs
 from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal
 
-PERIOD = 64
-"""Rounds between two looks at what the most drafts would bring, where fewer are chosen."""
+LOOKS = 0.01
+"""By how much looks at what the most drafts would bring, where fewer are chosen, lengthen decoding."""
 
 RATE = 0.1
 """Weight of a round in the running mean of acceptance."""
@@ -97,7 +97,8 @@ def paced(drafters: Sequence[Drafter], feature_width: int, dtype: jnp.dtype) -> 
         reached = (reached * rows).sum(axis=0) / jnp.maximum(rows.sum(), 1.0)
         tokens = 1.0 + jnp.concatenate([jnp.zeros(1), jnp.cumsum(reached)])[jnp.array(counts)]
         best = jnp.argmax(tokens / seconds)
-        best = jnp.where(state.rounds >= PERIOD, len(counts) - 1, best)
+        looks = state.rounds * LOOKS * seconds[best] >= seconds[-1] - seconds[best]
+        best = jnp.where(looks, len(counts) - 1, best)
         return jnp.where(state.forced >= 0, state.forced, best).astype(jnp.int32)
 
     def propose(params: PacedParams, state: PacedState, context: Context) -> tuple[Proposal, PacedState]:
