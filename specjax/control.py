@@ -12,8 +12,8 @@ def switch_in_place(index: jax.Array, branches: Sequence[Callable[[Any], Any]], 
     """branches[index](operand), for branches that update large arrays of the operand in place.
 
     lax.switch makes XLA copy what its branches update: a whole KV cache a step on CPU. A while loop of one or no trips
-    updates in place, so this is a row of those. What does not change in such a loop XLA would compute before it, whether
-    it runs or not: here nothing counts as unchanged.
+    updates in place, so this is a row of those. What does not change in such a loop XLA would compute before it, even
+    where it has no trips: here nothing counts as unchanged.
 
     Args:
         index: int32[], which branch runs.

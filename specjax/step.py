@@ -24,10 +24,8 @@ RUNNING, STOP, LENGTH, ERROR = 0, 1, 2, 3
 PAD = -1
 """Pads DecodeState.stop_tokens; no token has this id."""
 
-
 Forward = Callable[..., Any]
-"""The target: (params, tokens int32[B, T], start int32[B], cache, taps, with_logits) -> TargetOutput; the cache that it
-gives must not depend on T in its shapes."""
+"""The target: (params, tokens int32[B, T], start int32[B], cache, taps, with_logits) -> TargetOutput; T may vary."""
 
 
 class System(NamedTuple):
@@ -145,15 +143,12 @@ def score(system: System, params: Params, state: DecodeState, proposal: Proposal
         out = system.forward(params.target, window[:, :width], start, cache, system.drafter.taps, True)
         return (out.logits, jnp.isfinite(out.logits.max(axis=-1)), out.taps, out.final), out.cache
 
-    num_needed = 1 + proposal.num_drafts.max()
-    (logits, finite, taps, final), cache = narrowest_window(outputs, system.drafter.widths, num_needed, state.cache)
+    (logits, finite, taps, final), cache = narrowest_window(outputs, system.drafter.widths, proposal.width, state.cache)
     return Scores(logits, finite, Features(window, start, taps, final), cache)
 
 
 def verify(system: System, state: DecodeState, scores: Scores, proposal: Proposal) -> Verdict:
-    """The acceptance rule, on random numbers that only the row's seed and the absolute positions determine; over the
-    narrowest window or all drafts, as the round needs.
-    """
+    """The acceptance rule, on random numbers that only the row's seed and the absolute positions determine."""
     uniforms = round_uniforms(state.sampling, state.length, proposal.tokens.shape[1])
 
     def verdict(width, _):
@@ -162,7 +157,7 @@ def verify(system: System, state: DecodeState, scores: Scores, proposal: Proposa
         return system.rule(logits, drafts, state.sampling, uniforms.first(width - 1))
 
     rows, widths = jnp.zeros_like(state.length), sorted({system.drafter.widths[0], system.drafter.widths[-1]})
-    return in_narrowest(verdict, widths, 1 + proposal.num_drafts.max(), Verdict(rows, rows))
+    return in_narrowest(verdict, widths, proposal.width, Verdict(rows, rows))
 
 
 def commit(
@@ -174,8 +169,7 @@ def commit(
     always as the one that is no draft.
     """
     slots, accepted = jnp.arange(proposal.tokens.shape[1] + 1), verdict.num_accepted[:, None]
-    drafts = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
-    new_tokens = jnp.where(slots < accepted, drafts, verdict.next_token[:, None])
+    new_tokens = jnp.where(slots < accepted, jnp.pad(proposal.tokens, ((0, 0), (0, 1))), verdict.next_token[:, None])
 
     stops = (new_tokens[:, :, None] == state.stop_tokens[:, None, :]).any(axis=-1) & (slots <= accepted)
     until_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1) + 1, slots.size + 1)
@@ -186,7 +180,6 @@ def commit(
 
     finish = jnp.where(num_new == until_stop, STOP, jnp.where(length >= state.max_length, LENGTH, RUNNING))
     finish = jnp.where(broken, ERROR, finish)
-    counted = slots == num_new[:, None] - 1
 
     rows = jnp.arange(num_new.size)[:, None]
     positions = jnp.where(slots < num_new[:, None], state.length[:, None] + slots, state.tokens.shape[1])
@@ -201,6 +194,6 @@ def commit(
         cache=scores.cache.keep(state.length - 1, num_new),
         drafter=system.drafter.observe(params.drafter, state.drafter, context, scores.features, num_new),
         num_drafted=state.num_drafted + jnp.where(num_new > 0, proposal.num_drafts, 0),
-        acceptance_counts=state.acceptance_counts + counted,
+        acceptance_counts=state.acceptance_counts + (slots == num_new[:, None] - 1),
         trace=record_round(state.trace, state.length, proposal.tokens, num_new),
     )

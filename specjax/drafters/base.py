@@ -75,6 +75,11 @@ class Proposal(NamedTuple):
         """int32[B], 0..G."""
         return (self.tokens != NO_DRAFT).sum(axis=1)
 
+    @property
+    def width(self) -> jax.Array:
+        """int32[], tokens of the window that holds every row's drafts and the token before them."""
+        return 1 + self.num_drafts.max()
+
 
 class Drafter(NamedTuple):
     """A drafting method. Its state is a pytree that the step carries along and never looks into.
