@@ -25,7 +25,7 @@ PAD = -1
 """Pads DecodeState.stop_tokens; no token has this id."""
 
 Forward = Callable[..., Any]
-"""The target: (params, tokens int32[B, T], start int32[B], cache, taps, with_logits) -> TargetOutput; T may vary."""
+"""(params, tokens int32[B, T], start int32[B], cache, taps, with_logits) -> TargetOutput; cache shapes fit any T."""
 
 
 class System(NamedTuple):
@@ -149,15 +149,15 @@ def score(system: System, params: Params, state: DecodeState, proposal: Proposal
 
 def verify(system: System, state: DecodeState, scores: Scores, proposal: Proposal) -> Verdict:
     """The acceptance rule, on random numbers that only the row's seed and the absolute positions determine."""
-    uniforms = round_uniforms(state.sampling, state.length, proposal.tokens.shape[1])
 
     def verdict(width, _):
         drafts = proposal.first(width - 1)
         logits = adjust(scores.logits[:, :width], state.sampling, drafts.tokens)
-        return system.rule(logits, drafts, state.sampling, uniforms.first(width - 1))
+        uniforms = round_uniforms(state.sampling, state.length, proposal.tokens.shape[1]).first(width - 1)
+        return system.rule(logits, drafts, state.sampling, uniforms)
 
-    rows, widths = jnp.zeros_like(state.length), sorted({system.drafter.widths[0], system.drafter.widths[-1]})
-    return in_narrowest(verdict, widths, proposal.width, Verdict(rows, rows))
+    none = jnp.zeros_like(state.length)
+    return in_narrowest(verdict, system.drafter.verdict_widths, proposal.width, Verdict(none, none))
 
 
 def commit(

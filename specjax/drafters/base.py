@@ -117,6 +117,13 @@ class Drafter(NamedTuple):
         """G."""
         return len(self.parents)
 
+    @property
+    def verdict_widths(self) -> tuple[int, ...]:
+        """The windows that the acceptance rule is compiled for: it gains less from narrow ones than scoring does, so
+        only the narrowest and the widest.
+        """
+        return tuple(sorted({self.widths[0], self.widths[-1]}))
+
 
 def draft_counts(most: int) -> tuple[int, ...]:
     """Numbers of drafts that windows are compiled for where rounds draft from none to at most so many."""
