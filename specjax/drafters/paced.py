@@ -13,6 +13,9 @@ from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal
 LOOKS = 0.01
 """By how much looks at what the most drafts would bring, where fewer are chosen, lengthen decoding."""
 
+GAIN = 0.05
+"""How much faster than a round without drafts the others must promise to be: both costs and acceptance are noisy."""
+
 RATE = 0.1
 """Weight of a round in the running mean of acceptance."""
 
@@ -96,7 +99,7 @@ def paced(drafters: Sequence[Drafter], feature_width: int, dtype: jnp.dtype) -> 
         rows = state.running[:, None].astype(jnp.float32)
         reached = (reached * rows).sum(axis=0) / jnp.maximum(rows.sum(), 1.0)
         tokens = 1.0 + jnp.concatenate([jnp.zeros(1), jnp.cumsum(reached)])[jnp.array(counts)]
-        best = jnp.argmax(tokens / seconds)
+        best = jnp.argmax((tokens / seconds).at[1:].divide(1.0 + GAIN))
         looks = state.rounds * LOOKS * seconds[best] >= seconds[-1] - seconds[best]
         best = jnp.where(looks, len(counts) - 1, best)
         return jnp.where(state.forced >= 0, state.forced, best).astype(jnp.int32)
