@@ -76,7 +76,16 @@ def test_every_wiring_computes_its_formula(name):
             found.append((network.logits(config, params, shared, out.hidden), feature))
         return found
 
+    wanted = np.array([[LENGTH - 1, 0, 2], [1, 1, 4]])
+
+    @jax.jit
+    def some(params, shared, tokens, feature):
+        attends = [AttendWithin(mask)] * config.layer.num_layers
+        return network.run(config, params, shared, tokens, feature, positions, attends, 0, wanted)
+
     found = everything(params, shared, tokens, features)
+    asked = some(params, shared, tokens, network.fuse(config, params, features)).recycled
+    np.testing.assert_allclose(asked, found[0][1][np.arange(2)[:, None], wanted], atol=2e-5, rtol=2e-5)
     weights = reference.Weights(params)
     for row in range(2):
         feature = reference.fuse(config, weights, features[row].astype(np.float64))

@@ -68,12 +68,12 @@ def head(
     """
     G, layer, num_blocks = num_speculative_tokens, config.layer, config.num_blocks
 
-    def run(weights: HeadWeights, cache: kv.KVCache, block: int, tokens, feature, start):
+    def run(weights: HeadWeights, cache: kv.KVCache, block: int, tokens, feature, start, wanted=None):
         """One block over a window of int32[B, T] tokens and dtype[B, T, D] features from int32[B] start on."""
         entries = zip(cache.keys, cache.values, layer.sliding_windows, strict=True)
         attends = [AttendToCache(keys, values, start, window) for keys, values, window in entries]
         positions = start[:, None] + jnp.arange(tokens.shape[1])
-        out = network.run(config, weights.head, weights.shared, tokens, feature, positions, attends, block)
+        out = network.run(config, weights.head, weights.shared, tokens, feature, positions, attends, block, wanted)
         keys, values = zip(*out.memories, strict=True)
         return out, kv.KVCache(keys, values)
 
@@ -98,15 +98,17 @@ def head(
             feature = _take(feature, skipped[:, None] + window)
             ahead = jnp.minimum(start[:, None] + window + 1 + block, context.tokens.shape[1] - 1)
             tokens = jnp.maximum(jnp.take_along_axis(context.tokens, ahead, axis=1), 0)
-            out, cache = run(weights, state.caches[block], block, tokens, feature, start)
             last = jnp.maximum(end - block - start, 0)[:, None]
+            # Drafts go on from the last slot; the next block reads this one's outputs by position, not by slot of a
+            # window that was moved.
+            slots = jnp.clip(last if block + 1 == num_blocks else jnp.hstack([last, before]), 0, window.size - 1)
+            out, cache = run(weights, state.caches[block], block, tokens, feature, start, slots)
             fresh = (num_valid > 0)[:, None]
             if block == 0:
-                hidden = jnp.where(fresh, _take(out.hidden, last)[:, 0], hidden)
-            recycled.append(jnp.where(fresh, _take(out.recycled, last)[:, 0], state.recycled[block]))
-            caches.append(cache.keep(start, jnp.maximum(last[:, 0] + 1, 0)))
-            # The next block reads this one's outputs by position, not by slot of a window that was moved.
-            feature = _take(out.recycled, jnp.maximum(before, 0))
+                hidden = jnp.where(fresh, out.hidden[:, 0], hidden)
+            recycled.append(jnp.where(fresh, out.recycled[:, 0], state.recycled[block]))
+            caches.append(cache.keep(start, last[:, 0] + 1))
+            feature = out.recycled[:, 1:]
         return HeadState(tuple(caches), hidden, tuple(recycled))
 
     def propose(weights: HeadWeights, state: HeadState, context: Context) -> tuple[Proposal, HeadState]:

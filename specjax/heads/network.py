@@ -30,8 +30,8 @@ class HeadOutput(NamedTuple):
     """What one pass gives.
 
     Attributes:
-        hidden: dtype[B, T, D], what logits are read from.
-        recycled: dtype[B, T, D], what takes the feature's place in the next step.
+        hidden: dtype[B, T, D], what logits are read from; of the wanted slots, where only some are.
+        recycled: dtype[B, T, D], what takes the feature's place in the next step; of the same slots.
         memories: what the attention of each layer remembers.
     """
 
@@ -69,7 +69,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, embedded: jax.Array, feature: jax.Array, positions: jax.Array, attends: Sequence[Attend]
+        self,
+        embedded: jax.Array,
+        feature: jax.Array,
+        positions: jax.Array,
+        attends: Sequence[Attend],
+        wanted: jax.Array | None = None,
     ) -> HeadOutput:
         c = self.config
         eps, D = c.layer.norm_eps, c.layer.width
@@ -98,7 +103,9 @@ class Block(nn.Module):
                 norm_input=c.norm_input or index > 0,
                 name=f"layer_{index}",
             )
-            x, memory = layer(x, cos_sin, attends[index], joined if at_first else None)
+            last = index == c.layer.num_layers - 1
+            attention_input = joined if at_first else None
+            x, memory = layer(x, cos_sin, attends[index], attention_input, wanted if last else None)
             memories.append(memory)
         hidden = layers.rms_norm(x, scale(self, "output_norm", D), eps) if c.norm_output else x
         return HeadOutput(hidden, hidden if c.recycle_normed else x, memories)
@@ -132,11 +139,12 @@ class Head(nn.Module):
         positions: jax.Array,
         attends: Sequence[Attend],
         block: int,
+        wanted: jax.Array | None = None,
     ) -> HeadOutput:
         """One block over int32[B, T] tokens and dtype[B, T, D] features."""
         embedding = self.embedding if self.config.own_embedding else shared.embedding
         embedded = embedding[tokens].astype(feature.dtype)
-        return self.blocks[block](embedded, feature, positions, attends)
+        return self.blocks[block](embedded, feature, positions, attends, wanted)
 
     def logits(self, shared: Shared, hidden: jax.Array) -> jax.Array:
         """float32[..., draft_vocab_size]."""
@@ -190,6 +198,7 @@ def run(
     positions: jax.Array,
     attends: Sequence[Attend],
     block: int = 0,
+    wanted: jax.Array | None = None,
 ) -> HeadOutput:
     """One pass of a block.
 
@@ -199,10 +208,10 @@ def run(
         positions: int32[B, T], of the features.
         attends: how each of the block's layers attends.
         block: which one.
+        wanted: int32[B, n], the slots of the window whose output is read; None for all. The attention remembers all.
     """
-    output: Any = Head(config).apply(
-        {"params": params}, shared, tokens, feature, positions, attends, block, method="run"
-    )
+    inputs = shared, tokens, feature, positions, attends, block, wanted
+    output: Any = Head(config).apply({"params": params}, *inputs, method="run")
     return output
 
 

@@ -92,8 +92,14 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cos_sin: tuple[jax.Array, jax.Array], attend: Attend, attention_input: Any = None
+        self,
+        x: jax.Array,
+        cos_sin: tuple[jax.Array, jax.Array],
+        attend: Attend,
+        attention_input: Any = None,
+        wanted: Any = None,
     ) -> tuple[jax.Array, Any]:
+        """What leaves the layer, and what attention remembers; wanted int32[B, n] slots leave it, or None for all."""
         c = self.config
         K, Q, H = c.num_kv_heads, c.queries_per_kv, c.head_dim
         with jax.named_scope("attention"):
@@ -114,6 +120,8 @@ class DecoderLayer(nn.Module):
             q = layers.rotate(q.reshape(B, T, -1, H), cos_sin).reshape(q.shape) * (H**-0.5)
             # Finite, because a hidden slot weighs 0 and 0 * inf is NaN; a row that overflows shows it elsewhere.
             mixed, memory = attend(q, layers.rotate(k, cos_sin), jnp.nan_to_num(v))
+            if wanted is not None:
+                x, mixed = (jnp.take_along_axis(all_slots, wanted[..., None], axis=1) for all_slots in (x, mixed))
             out_kernel = weight(self, "out", (K, Q, H, c.width), ("kv_heads", "queries", "head", "width"))
             out = layers.product(mixed, layers.with_one_input(out_kernel, c.width))
             if c.out_bias:
