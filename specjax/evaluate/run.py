@@ -37,6 +37,9 @@ BATCH_ROUNDS = 8
 
 NUM_EXAMPLES = 6
 
+CHARACTERS_A_TOKEN = 16
+"""At most, on average: where a text is cut before it is encoded for its first tokens."""
+
 Progress = Callable[[int, int, str], None]
 Measured = TypeVar("Measured")
 
@@ -199,12 +202,17 @@ class _Evaluation:
             except Exception as error:  # another library's: any kind
                 return dataclasses.replace(answer, error=_text(error))
         with _recorded() as errors:
-            return self._answer_of_ours(self.decoders[name], self.prompt_tokens(prompt, turn), answer)
+            return self._answer_of_ours(name, self.prompt_tokens(prompt, turn), answer)
         return dataclasses.replace(answer, error=errors[0])
 
-    def _answer_of_ours(self, decoder: SpeculativeDecoder, tokens: list[int], answer: Answer) -> Answer:
+    def _decode(self, name: str, tokens: list[int]) -> GenerationResult:
+        """One prompt decoded by itself; drafts are traced, so that the examples need no program of their own."""
+        sampling, traced = self.experiment.sampling, name != PLAIN
+        return self.decoders[name].generate([tokens], sampling, min_capacity=self.capacity, trace=traced)
+
+    def _answer_of_ours(self, name: str, tokens: list[int], answer: Answer) -> Answer:
         def generate() -> tuple[GenerationResult, float]:
-            result = decoder.generate([tokens], self.experiment.sampling, min_capacity=self.capacity)
+            result = self._decode(name, tokens)
             return result, result.metrics.compile_seconds
 
         result, compile_seconds = _warmed_up(generate)
@@ -292,7 +300,7 @@ class _Evaluation:
     def _context(self) -> list[int]:
         """step_context token ids of the prompts' own text, again from the start where they are fewer."""
         text = " ".join(prompt.text for prompt in self.prompts)
-        tokens = encode_prompt(self.target.tokenizer, text, False)
+        tokens = encode_prompt(self.target.tokenizer, text[: self.experiment.step_context * CHARACTERS_A_TOKEN], False)
         repeated = tokens * -(-self.experiment.step_context // len(tokens))
         return repeated[: self.experiment.step_context]
 
@@ -309,9 +317,7 @@ class _Evaluation:
         for category in list(dict.fromkeys(prompt.category for prompt in self.prompts))[:NUM_EXAMPLES]:
             prompt = first[category]
             with _recorded():
-                sampling = self.experiment.sampling
-                asked = [self.prompt_tokens(prompt, 0)]
-                result = self.decoders[name].generate(asked, sampling, min_capacity=self.capacity, trace=True)
+                result = self._decode(name, self.prompt_tokens(prompt, 0))
                 rounds = spell(result.traces[0], self.target.tokenizer) if result.traces else []
                 yield {
                     "prompt": prompt.id,
