@@ -12,6 +12,7 @@ from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal
 from specjax.drafters.chain import Choice, choose, draft_if_likely, proposal, proposal_uniforms, widen, windows
 from specjax.heads import network
 from specjax.heads.config import HeadConfig
+from specjax.target import layers
 from specjax.target.decoder import AttendToCache
 
 
@@ -95,13 +96,13 @@ def head(
             # What a prompt's first window was moved by falls off its end, so it never outgrows the cache.
             window = jnp.arange(min(feature.shape[1], state.caches[block].capacity))
             before = jnp.arange(feature.shape[1]) - skipped[:, None]
-            feature = _take(feature, skipped[:, None] + window)
+            feature = layers.take_slots(feature, skipped[:, None] + window)
             ahead = jnp.minimum(start[:, None] + window + 1 + block, context.tokens.shape[1] - 1)
             tokens = jnp.maximum(jnp.take_along_axis(context.tokens, ahead, axis=1), 0)
             last = jnp.maximum(end - block - start, 0)[:, None]
             # Drafts go on from the last slot; the next block reads this one's outputs by position, not by slot of a
             # window that was moved.
-            slots = jnp.clip(last if block + 1 == num_blocks else jnp.hstack([last, before]), 0, window.size - 1)
+            slots = last if block + 1 == num_blocks else jnp.hstack([last, jnp.maximum(before, 0)])
             out, cache = run(weights, state.caches[block], block, tokens, feature, start, slots)
             fresh = (num_valid > 0)[:, None]
             if block == 0:
@@ -165,9 +166,3 @@ def head(
         observe=learn,
         taps=config.taps,
     )
-
-
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """x[b, index[b, i]] of dtype[B, T, ...]; an index beyond the end is the last."""
-    index = jnp.minimum(index, x.shape[1] - 1)
-    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)

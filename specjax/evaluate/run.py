@@ -37,9 +37,6 @@ BATCH_ROUNDS = 8
 
 NUM_EXAMPLES = 6
 
-CHARACTERS_A_TOKEN = 16
-"""At most, on average: where a text is cut before it is encoded for its first tokens."""
-
 Progress = Callable[[int, int, str], None]
 Measured = TypeVar("Measured")
 
@@ -299,10 +296,9 @@ class _Evaluation:
 
     def _context(self) -> list[int]:
         """step_context token ids of the prompts' own text, again from the start where they are fewer."""
-        text = " ".join(prompt.text for prompt in self.prompts)
-        tokens = encode_prompt(self.target.tokenizer, text[: self.experiment.step_context * CHARACTERS_A_TOKEN], False)
-        repeated = tokens * -(-self.experiment.step_context // len(tokens))
-        return repeated[: self.experiment.step_context]
+        encoded = (encode_prompt(self.target.tokenizer, prompt.text, False) for prompt in self.prompts)
+        tokens = itertools.cycle(itertools.chain.from_iterable(encoded))
+        return list(itertools.islice(tokens, self.experiment.step_context))
 
     def _examples(self) -> Iterator[dict[str, Any]]:
         """One answer a category, of the fastest method, round by round."""

@@ -121,7 +121,7 @@ class DecoderLayer(nn.Module):
             # Finite, because a hidden slot weighs 0 and 0 * inf is NaN; a row that overflows shows it elsewhere.
             mixed, memory = attend(q, layers.rotate(k, cos_sin), jnp.nan_to_num(v))
             if wanted is not None:
-                x, mixed = (jnp.take_along_axis(all_slots, wanted[..., None], axis=1) for all_slots in (x, mixed))
+                x, mixed = layers.take_slots(x, wanted), layers.take_slots(mixed, wanted)
             out_kernel = weight(self, "out", (K, Q, H, c.width), ("kv_heads", "queries", "head", "width"))
             out = layers.product(mixed, layers.with_one_input(out_kernel, c.width))
             if c.out_bias:

@@ -77,6 +77,12 @@ def product(x: jax.Array, kernel: Kernel) -> jax.Array:
     return project(x, kernel).astype(x.dtype)
 
 
+def take_slots(x: jax.Array, slots: jax.Array) -> jax.Array:
+    """x[b, slots[b, i]] of dtype[B, T, ...]; a slot beyond the end is the last."""
+    slots = jnp.minimum(slots, x.shape[1] - 1)
+    return jnp.take_along_axis(x, slots.reshape(*slots.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
 def project(x: jax.Array, kernel: Kernel) -> jax.Array:
     """Activations [..., I] times a kernel [I, *O], multiplied in the kernel's dtype and summed in float32."""
     if isinstance(kernel, RowsFirst):
