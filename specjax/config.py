@@ -413,7 +413,8 @@ class SpeculativeConfig(_Settings):
         None,
         "A row's drafts of a round end with the first whose probability of being reached and accepted is below this, "
         "as the drafter sees it: the product of the largest probabilities (at temperature 1) of its laws up to there. "
-        "Rounds then draft, and the target scores, little more than is promising; num_speculative_tokens is the most. "
+        "A draft that is made is scored too, unless this probability is below a quarter of the threshold. Rounds then "
+        "draft, and the target scores, little more than is promising; num_speculative_tokens is the most. "
         "(transformers' assistant_confidence_threshold looks at each token by itself.) Default: None, all are made.",
         expected="a number in [0, 1], a probability",
         remedy="0.3 to 0.5 suits heads where a wider window costs time, as on CPU; sampled drafts want less",

@@ -501,8 +501,10 @@ class Request:
     def longest(self, owner: "SpeculativeDecoder") -> int:
         """Cache positions that the row may write: its longest text, and the drafts of its last round."""
         context = owner.target.config.max_position
-        drafted = owner.programs.system.drafter.num_speculative_tokens
-        return min(len(self.tokens) + self.params.max_tokens, context) + drafted
+        drafter = owner.programs.system.drafter
+        return min(len(self.tokens) + self.params.max_tokens, context) + max(
+            drafter.num_speculative_tokens, drafter.reach
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,12 @@ def decode_as_usual(patch) -> None:
     patch.setattr(generate.Programs, "decoding", lambda *args: AsUsual(decoding(*args)))
 
 
+def compile_as_usual(patch) -> None:
+    """Has all programs that are lowered and compiled in two steps, as those of a decoder are, compiled as users' are."""
+    quick = jax.stages.Lowered.compile
+    patch.setattr(jax.stages.Lowered, "compile", lambda lowered: quick(lowered, USUAL))
+
+
 def random_target(seed: int, vocab_size: int = VOCAB, max_position: int = 512, **fields) -> Target:
     """A two-layer model without tokenizer. Kernels are scaled up so that its choices are far apart."""
     config = ModelConfig(

@@ -28,6 +28,22 @@ def test_few_rows_give_the_matrix_product(num_rows):
     np.testing.assert_allclose(found, x.astype(np.float64) @ matrix.T.astype(np.float64), atol=2e-5)
 
 
+@pytest.mark.parametrize("num_rows", [1, 3, few_rows.MOST + 1])
+def test_numbers_that_bfloat16_holds_are_kept_in_it_and_give_the_same(num_rows):
+    x, matrix = arrays(num_rows)
+    kernel = jnp.asarray(matrix).T
+    assert layers.RowsFirst.of(kernel).rows.dtype == jnp.float32
+    kernel = kernel.astype(jnp.bfloat16).astype(jnp.float32)
+    narrow = layers.RowsFirst.of(kernel)
+    assert narrow.rows.dtype == jnp.bfloat16
+    found = jax.jit(layers.project)(x, narrow)
+    wide = jax.jit(few_rows.times)(x, kernel.T)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, wide, atol=0 if num_rows <= few_rows.MOST else 2e-5)
+    np.testing.assert_array_equal(layers.as_array(narrow), kernel)
+    assert layers.as_array(narrow).dtype == jnp.float32
+
+
 def test_a_row_is_the_same_whatever_stands_beside_it():
     x, matrix = arrays(5)
     alone = np.asarray(jax.jit(few_rows.times)(x, matrix))

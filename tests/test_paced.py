@@ -109,7 +109,8 @@ def test_after_rounds_without_drafts_the_drafter_knows_what_it_would_have_known(
     texts = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 1, 4, 1], [2, 7, 2, 7, 2], [8, 2, 8]]
     state = pacer.start(texts)
     compared = 0
-    for choice in (3, 0, 2, 0, 0, 1, *(0,) * 6, 3, *(0,) * 5, 2, *(0,) * 4, 3, 3, 0, 2):
+    long = pacing_drafter.KEPT + 5  # more than is kept
+    for choice in (3, 0, 2, 0, 0, 1, *(0,) * 6, 3, *(0,) * long, 2, *(0,) * 4, 3, 3, 0, 2):
         seconds = jnp.ones(len(counts)).at[choice].set(1e-3)
         params = pacer.params._replace(drafter=PacedParams(weights, seconds))
         known = [np.asarray(state.tokens[row, : state.length[row]]).tolist() for row in range(len(texts))]
@@ -160,9 +161,9 @@ def test_the_choice_is_for_the_rows_that_run():
 
 def test_now_and_then_the_most_drafts_are_tried():
     hopeless = [[0.0] * 4]
-    # A round with 4 drafts takes 1.2 plain ones more: 1 % of 120.
-    assert choice_of(hopeless, [1.0, 1.3, 1.6, 2.2], rounds=119) == 0
-    assert choice_of(hopeless, [1.0, 1.3, 1.6, 2.2], rounds=121) == 4
+    # A round with 4 drafts takes 1.2 plain ones more: half a per cent of 240.
+    assert choice_of(hopeless, [1.0, 1.3, 1.6, 2.2], rounds=239) == 0
+    assert choice_of(hopeless, [1.0, 1.3, 1.6, 2.2], rounds=241) == 4
 
 
 def test_what_is_learnt_from_a_round():
@@ -221,8 +222,15 @@ def test_drafts_that_always_pass_are_made_and_others_given_up(measured):
     measured["seconds"] = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     hopeless = specjax.SpeculativeDecoder(TARGET, config, draft=OTHER, max_batch_size=1)
     result = hopeless.generate([PROMPTS[0]], specjax.SamplingParams(max_tokens=128))
-    # The prior is given up within a few rounds, and not tried again for 500.
+    # The prior is given up within a few rounds, and not tried again for 1,000.
     assert result.metrics.drafted < 40
+
+
+def test_there_is_room_for_all_that_is_learnt_at_once():
+    config = specjax.SpeculativeConfig(method="draft_model", model="unused", num_speculative_tokens="auto")
+    decoder_ = specjax.SpeculativeDecoder(TARGET, config, draft=OTHER, max_batch_size=1)
+    [request] = decoder_.requests([[1] * 200], specjax.SamplingParams(max_tokens=100))
+    assert request.longest(decoder_) >= 300 + pacing_drafter.KEPT
 
 
 def test_costs_are_measured_once_for_a_batch_size(measured):

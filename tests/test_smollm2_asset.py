@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from models import compile_as_usual
 from safetensors import safe_open
 
 import specjax
@@ -15,9 +16,17 @@ from specjax.evaluate.oracle import compare_greedy
 from specjax.evaluate.prompts import load_prompts
 from specjax.tokenizer import encode_prompt, load_tokenizer, stop_token_ids
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("usual_compiler")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("usual_compiler", "users_programs")]
 
 TOKEN_IDS = Path(__file__).parent / "data" / "smollm2_token_ids.jsonl"
+
+
+@pytest.fixture(scope="module")
+def users_programs():
+    """Decodes with the programs of users: those that are quick to compile with tiny models are not with a real one."""
+    with pytest.MonkeyPatch.context() as patch:
+        compile_as_usual(patch)
+        yield
 
 
 @pytest.fixture(scope="session")

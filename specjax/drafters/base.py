@@ -93,6 +93,8 @@ class Drafter(NamedTuple):
         taps: target layers whose entering hidden states the drafter wants to see.
         lag: positions before the last committed token that it may not have learnt yet when it proposes; a drafter that
             lags reads no features.
+        reach: positions from the first that it has not learnt on that its windows may write, where these are more than
+            a round's; its caches have to have room for them.
         init: (params, batch, capacity) -> state.
         prefill: (params, state, context, features, num_valid) -> state; sees the prompts, less their last tokens, in
             pieces. The first num_valid, int32[B], positions of the piece belong to the row; the rest is padding.
@@ -111,6 +113,7 @@ class Drafter(NamedTuple):
     observe: Callable[[Any, Any, Context, Features, jax.Array], Any] = lambda params, state, *seen: state
     taps: tuple[int, ...] = ()
     lag: int = 0
+    reach: int = 0
 
     @property
     def num_speculative_tokens(self) -> int:

@@ -13,6 +13,9 @@ from specjax.drafters.base import NO_DRAFT, Proposal, draft_counts
 from specjax.sampling import PROPOSE, SamplingState, uniforms_at
 from specjax.sharding import per_device, vocab_axis
 
+SCORED = 0.25
+"""Of the threshold from which on another draft is made: the likelihood from which on one that is made is scored."""
+
 
 class Choice(NamedTuple):
     """Drafts, one a row; stacked along a second axis, those of a round.
@@ -81,14 +84,17 @@ def draft_if_likely(
 
 
 def proposal(choices: Choice, threshold: float) -> Proposal:
-    """A round's drafts, each row's up to the first whose likelihood is below the threshold, and with it: it is made.
+    """A round's drafts, each row's up to the first whose likelihood is below the threshold, and with it: it is made,
+    so scoring it is all that it costs. It stays out where it is too unlikely for that too.
 
-    Whether a draft is proposed follows from the laws of those before it, not from its token, so what is proposed was
-    drawn from the law that it comes with.
+    Whether a draft is proposed follows from its law and the laws of those before it, not from its token, so what is
+    proposed was drawn from the law that it comes with.
     """
+    if not threshold:
+        return Proposal(choices.token, choices.probs, choices.logit)
     before = jnp.pad(choices.likelihood[:, :-1], ((0, 0), (1, 0)), constant_values=1.0)
-    tokens = jnp.where(before >= threshold, choices.token, NO_DRAFT) if threshold else choices.token
-    return Proposal(tokens, choices.probs, choices.logit)
+    pays = (before >= threshold) & (choices.likelihood >= SCORED * threshold)
+    return Proposal(jnp.where(pays, choices.token, NO_DRAFT), choices.probs, choices.logit)
 
 
 def proposal_uniforms(sampling: SamplingState, length: jax.Array, num_speculative_tokens: int) -> jax.Array:
@@ -97,7 +103,7 @@ def proposal_uniforms(sampling: SamplingState, length: jax.Array, num_speculativ
 
 
 def windows(num_speculative_tokens: int, limited: bool, threshold: float) -> tuple[int, ...]:
-    """Drafter.widths of rounds of all drafts, or none where the context is limited, or fewer with a threshold."""
+    """Drafter.widths of rounds of all drafts, or none where the context is limited, or any number with a threshold."""
     if threshold:
-        return tuple(num + 1 for num in draft_counts(num_speculative_tokens) if num or limited)
+        return tuple(num + 1 for num in draft_counts(num_speculative_tokens))
     return (1, num_speculative_tokens + 1) if limited else (num_speculative_tokens + 1,)

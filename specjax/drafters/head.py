@@ -65,7 +65,7 @@ def head(
         sample: draw drafts from the head's law, truncated by the row's own sampling parameters, and record it.
         max_model_len: rows whose drafts would reach beyond this many positions decode without drafts.
         confidence_threshold: a row's drafts end with the first that is less likely to be reached and accepted, by
-            the head's own law.
+            the head's own law; see chain.proposal.
     """
     G, layer, num_blocks = num_speculative_tokens, config.layer, config.num_blocks
 

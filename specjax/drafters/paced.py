@@ -1,5 +1,6 @@
 """As many drafts a round as pay: num_speculative_tokens="auto"."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from specjax.control import switch_in_place, zero_outputs
 from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal
 
-LOOKS = 0.01
+LOOKS = 0.005
 """By how much looks at what the most drafts would bring, where fewer are chosen, lengthen decoding."""
 
 GAIN = 0.05
@@ -18,6 +19,9 @@ GAIN = 0.05
 
 RATE = 0.1
 """Weight of a round in the running mean of acceptance."""
+
+KEPT = 32
+"""Positions committed without drafts that are kept for the drafter to learn from at once: one by one costs more."""
 
 PRIOR = 0.6
 """Probability that a draft behind accepted ones is accepted, before anything is known: high enough to try."""
@@ -68,7 +72,7 @@ def paced(drafters: Sequence[Drafter], feature_width: int, dtype: jnp.dtype) -> 
     A round with K drafts brings 1 + the sum over i <= K of P(the first i are accepted) tokens, averaged over the rows
     that run, and costs what was measured. The choice follows committed text and past rounds only, so the output's law
     stays the target's. Rounds without drafts cost a plain step: what the drafter has to learn from them it learns
-    several rounds at once.
+    many rounds at once.
 
     Args:
         drafters: one method with K = 1 and more drafts, as base.draft_counts gives them, alike but for K. Their prefill
@@ -79,20 +83,27 @@ def paced(drafters: Sequence[Drafter], feature_width: int, dtype: jnp.dtype) -> 
     largest = drafters[-1]
     G, lag = largest.num_speculative_tokens, largest.lag
     counts = (0, *(drafter.num_speculative_tokens for drafter in drafters))
-    num_kept = G + 1 - lag  # a window of features is as wide as in a round with the most drafts
+    least = G + 1 - lag  # a window of features is at least as wide as in a round with the most drafts
+    kept = max(KEPT, least)
 
-    def learn(inner_params, state: PacedState, context: Context) -> PacedState:
-        """The drafter sees the positions that were committed without drafts."""
+    def learn(inner_params, context: Context, width: int, state: PacedState) -> PacedState:
+        """The drafter sees the positions that were committed without drafts, at most so many in any row."""
         start = jnp.maximum(context.length - 1 - state.num_unseen - lag, 0)
-        ahead = jnp.minimum(start[:, None] + jnp.arange(G + 1), context.tokens.shape[1] - 1)
+        ahead = jnp.minimum(start[:, None] + jnp.arange(width + lag), context.tokens.shape[1] - 1)
         tokens = jnp.maximum(jnp.take_along_axis(context.tokens, ahead, axis=1), 0)
-        shift = (0, 0), (lag, 0), (0, 0)
-        features = Features(
-            tokens, start, tuple(jnp.pad(tap, shift) for tap in state.taps), jnp.pad(state.final, shift)
-        )
+        seen = jax.tree.map(lambda x: jnp.pad(x[:, :width], ((0, 0), (lag, 0), (0, 0))), (state.taps, state.final))
         num_valid = jnp.where(state.num_unseen > 0, jnp.minimum(state.num_unseen + lag, context.length - 1 - start), 0)
-        inner = largest.prefill(inner_params, state.inner, context, features, num_valid)
+        inner = largest.prefill(inner_params, state.inner, context, Features(tokens, start, *seen), num_valid)
         return state.replace(inner=inner, num_unseen=jnp.zeros_like(state.num_unseen))
+
+    def catch_up(inner_params, state: PacedState, context: Context, drafts: jax.Array) -> PacedState:
+        """Where drafts, bool[], follow or no more can be kept, the drafter learns what it has not seen."""
+        most = state.num_unseen.max()
+        behind = (drafts & (most > 0)) | (most == kept)
+        widths = sorted({least, kept})
+        learning = [functools.partial(learn, inner_params, context, width) for width in widths]
+        index = jnp.where(behind, 1 + (most > jnp.array(widths[:-1], jnp.int32)).sum(), 0)
+        return switch_in_place(index, (_same, *learning), state)
 
     def choose(seconds: jax.Array, state: PacedState) -> jax.Array:
         reached = jnp.cumprod(state.passed, axis=1)
@@ -106,8 +117,7 @@ def paced(drafters: Sequence[Drafter], feature_width: int, dtype: jnp.dtype) -> 
 
     def propose(params: PacedParams, state: PacedState, context: Context) -> tuple[Proposal, PacedState]:
         choice = choose(params.seconds, state)
-        behind = (choice > 0) & (state.num_unseen > 0).any()
-        state = switch_in_place(behind.astype(jnp.int32), (_same, lambda s: learn(params.inner, s, context)), state)
+        state = catch_up(params.inner, state, context, choice > 0)
 
         def with_drafts(drafter: Drafter):
             def run(carry):
@@ -135,7 +145,7 @@ def paced(drafters: Sequence[Drafter], feature_width: int, dtype: jnp.dtype) -> 
             return state.replace(inner=inner, passed=_update(state.passed, num_new, num_drafts))
 
         def after_none(state: PacedState) -> PacedState:
-            slot = jnp.where(num_new > 0, state.num_unseen, num_kept)
+            slot = jnp.where(num_new > 0, state.num_unseen, kept)
             rows = jnp.arange(slot.size)
             seen, new = (state.taps, state.final), (features.taps, features.final)
             seen = jax.tree.map(lambda old, new: old.at[rows, slot].set(new[:, 0], mode="drop"), seen, new)
@@ -143,15 +153,13 @@ def paced(drafters: Sequence[Drafter], feature_width: int, dtype: jnp.dtype) -> 
 
         without = (state.choice == 0).astype(jnp.int32)
         state = switch_in_place(without, (after_drafts, after_none), state)
-        full = (state.num_unseen >= num_kept).any().astype(jnp.int32)
-        state = switch_in_place(full, (_same, lambda s: learn(params.inner, s, context)), state)
         return state.replace(running=num_new > 0)
 
     def prefill(params: PacedParams, state: PacedState, context: Context, features: Features, num_valid: jax.Array):
         return state.replace(inner=largest.prefill(params.inner, state.inner, context, features, num_valid))
 
     def init(params: PacedParams, batch: int, capacity: int) -> PacedState:
-        kept = jnp.zeros((batch, num_kept, feature_width), dtype)
+        unseen = jnp.zeros((batch, kept, feature_width), dtype)
         return PacedState(
             inner=largest.init(params.inner, batch, capacity),
             passed=jnp.full((batch, G), PRIOR),
@@ -160,13 +168,18 @@ def paced(drafters: Sequence[Drafter], feature_width: int, dtype: jnp.dtype) -> 
             proposed=jnp.zeros(batch, jnp.int32),
             rounds=jnp.zeros((), jnp.int32),
             forced=jnp.full((), -1, jnp.int32),
-            taps=(kept,) * len(largest.taps),
-            final=kept,
+            taps=(unseen,) * len(largest.taps),
+            final=unseen,
             num_unseen=jnp.zeros(batch, jnp.int32),
         )
 
     return largest._replace(
-        widths=tuple(count + 1 for count in counts), init=init, propose=propose, prefill=prefill, observe=observe
+        widths=tuple(count + 1 for count in counts),
+        reach=kept + lag,
+        init=init,
+        propose=propose,
+        prefill=prefill,
+        observe=observe,
     )
 
 

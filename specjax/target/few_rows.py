@@ -14,12 +14,16 @@ MOST = 16
 
 
 def times(x: jax.Array, matrix: jax.Array) -> jax.Array:
-    """float32[T, N] from float32[T, I] and float32[N, I].
+    """float32[T, N] from float32[T, I] and float32 or bfloat16[N, I].
 
     Two rows at a time are the real and the imaginary part of complex numbers: XLA lets sums be vectorised only where
     adding is the only thing that a reduction does, and this adds two at once.
     """
     num, width = x.shape
+    if matrix.dtype != x.dtype:
+        # Widened number by number, as it is read: XLA would do it once and for all before a loop that this is in.
+        x, matrix = jax.lax.optimization_barrier((x, matrix))
+        matrix = matrix.astype(x.dtype)
     x, zeros = _in_memory(jnp.pad(x, ((0, num % 2), (0, 0))))
     shape = len(matrix), len(x) // 2, width
     weights = jax.lax.broadcast_in_dim(matrix, shape, (0, 2))
