@@ -41,7 +41,7 @@ def decode_as_usual(patch) -> None:
 
 
 def compile_as_usual(patch) -> None:
-    """Has all programs that are lowered and compiled in two steps, as those of a decoder are, compiled as users' are."""
+    """Has all programs that are lowered and compiled in two steps, as those of decoders are, compiled as users' are."""
     quick = jax.stages.Lowered.compile
     patch.setattr(jax.stages.Lowered, "compile", lambda lowered: quick(lowered, USUAL))
 
