@@ -21,7 +21,7 @@ from specjax.train import losses
 
 torch = pytest.importorskip("torch")
 
-# speculators 0.9 calls transformers' modules by an argument's older name, which 5.40 drops (setup.cfg caps it for tests).
+# speculators 0.9 names an argument of transformers as 5.40 no longer does (setup.cfg caps it for tests).
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 
 NUM_TOKENS, NUM_STEPS = 11, 3
