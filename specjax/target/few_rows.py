@@ -6,11 +6,19 @@ matrix serves all rows. XLA compiles such sums well only in one form; what it wo
 of this matters to the result, only to the time.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
-MOST = 16
+MOST = 24
 """Rows beyond which a matrix product is as fast."""
+
+TOGETHER = 8
+"""Rows that each output is summed for in turn: more would not stay in a core's nearest cache from output to output."""
+
+BLOCK = 64
+"""Outputs that one pair of rows after the other is summed for, where there are more rows than that."""
 
 
 def times(x: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -20,18 +28,21 @@ def times(x: jax.Array, matrix: jax.Array) -> jax.Array:
     adding is the only thing that a reduction does, and this adds two at once.
     """
     num, width = x.shape
+    block = 1 if num <= TOGETHER else math.gcd(len(matrix), BLOCK)
     if matrix.dtype != x.dtype:
         # Widened number by number, as it is read: XLA would do it once and for all before a loop that this is in.
         x, matrix = jax.lax.optimization_barrier((x, matrix))
         matrix = matrix.astype(x.dtype)
     x, zeros = _in_memory(jnp.pad(x, ((0, num % 2), (0, 0))))
-    shape = len(matrix), len(x) // 2, width
-    weights = jax.lax.broadcast_in_dim(matrix, shape, (0, 2))
-    pairs = (jax.lax.broadcast_in_dim(part, shape, (1, 2)) * weights for part in (x[0::2], x[1::2]))
+    # The loops are nested in this order.
+    shape = len(matrix) // block, len(x) // 2, block, width
+    weights = jax.lax.broadcast_in_dim(matrix.reshape(-1, block, width), shape, (0, 2, 3))
+    pairs = (jax.lax.broadcast_in_dim(part, shape, (1, 3)) * weights for part in (x[0::2], x[1::2]))
     # A constant to begin with would leave the two sums in one register that is not a vector.
     begin = jax.lax.complex(zeros[0, 0], zeros[0, 0])
-    sums, zeros = _sum(jax.lax.complex(*pairs), begin, axis=2)
-    return jnp.stack([sums.real + zeros, sums.imag], axis=2).reshape(len(matrix), -1)[:, :num].T
+    sums, zeros = _sum(jax.lax.complex(*pairs), begin, axis=3)
+    rows = jnp.stack([sums.real + zeros, sums.imag], axis=2).transpose(1, 2, 0, 3)
+    return rows.reshape(len(x), len(matrix))[:num]
 
 
 def _in_memory(x: jax.Array) -> tuple[jax.Array, jax.Array]:

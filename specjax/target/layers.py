@@ -50,9 +50,7 @@ class RowsFirst(flax.struct.PyTreeNode):
     def times(self, x: jax.Array) -> jax.Array:
         """float32[..., *O] from activations float32[..., I]."""
         flat = x.reshape(-1, x.shape[-1])
-        # XLA multiplies one row as fast as it reads, but not where numbers have to be widened on the way.
-        least = 2 if self.rows.dtype == flat.dtype else 1
-        if least <= len(flat) <= few_rows.MOST:
+        if len(flat) <= few_rows.MOST:
             out = few_rows.times(flat, self.rows)
         else:
             out = _dot(flat, self.rows.astype(flat.dtype), (1,), (1,))
