@@ -159,21 +159,28 @@ def test_the_choice_is_for_the_rows_that_run():
     assert choice_of(rows, seconds) == 1  # 1, 1.45, 1.855 and 2.55 tokens
 
 
-def test_now_and_then_the_most_drafts_are_tried():
+def test_now_and_then_more_drafts_are_tried():
     hopeless = [[0.0] * 4]
-    # A round with 4 drafts takes 1.2 plain ones more: half a per cent of 240.
-    assert choice_of(hopeless, [1.0, 1.3, 1.6, 2.2], rounds=239) == 0
-    assert choice_of(hopeless, [1.0, 1.3, 1.6, 2.2], rounds=241) == 4
+    # A round with a draft takes 0.3 plain ones more: half a per cent of 60.
+    assert choice_of(hopeless, [1.0, 1.3, 1.6, 2.2], rounds=59) == 0
+    assert choice_of(hopeless, [1.0, 1.3, 1.6, 2.2], rounds=61) == 1
+    # One with 4 instead of 2 drafts, where 2 are best: 0.48 of 1.2, half a per cent of 80 of these.
+    half = [[0.9, 0.9, 0.0, 0.0]]
+    assert choice_of(half, [1.0, 1.1, 1.2, 1.68], rounds=79) == 2
+    assert choice_of(half, [1.0, 1.1, 1.2, 1.68], rounds=81) == 4
 
 
 def test_what_is_learnt_from_a_round():
-    before = jnp.full((4, 3), 0.5)
+    before, often = jnp.full((4, 3), 0.5), jnp.full((4, 3), 1000)
     # All of 2 drafts passed; the first failed; the second failed; a row that is done.
-    after = pacing_drafter._update(before, jnp.array([3, 1, 2, 0]), jnp.int32(2))
-    rate = pacing_drafter.RATE
-    up, down = 0.5 + rate * 0.5, 0.5 - rate * 0.5
-    np.testing.assert_allclose(after, [[up, up, 0.5], [down, 0.5, 0.5], [up, down, 0.5], [0.5] * 3], rtol=1e-6)
-    np.testing.assert_array_equal(pacing_drafter._update(before, jnp.array([1] * 4), jnp.int32(0)), before)
+    round_ = jnp.array([3, 1, 2, 0]), jnp.int32(2)
+    for num_seen, rate in ((often, pacing_drafter.RATE), (jnp.full((4, 3), 2), 1 / (2 + pacing_drafter.PRIOR_ROUNDS))):
+        after, seen = pacing_drafter._update(before, num_seen, *round_)
+        up, down = 0.5 + rate * 0.5, 0.5 - rate * 0.5
+        np.testing.assert_allclose(after, [[up, up, 0.5], [down, 0.5, 0.5], [up, down, 0.5], [0.5] * 3], rtol=1e-6)
+        np.testing.assert_array_equal(seen - num_seen, [[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
+    unchanged = pacing_drafter._update(before, often, jnp.array([1] * 4), jnp.int32(0))
+    jax.tree.map(np.testing.assert_array_equal, unchanged, (before, often))
 
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 1, 4, 1], [2, 7, 2, 7, 2], [8], [5, 5, 5, 5, 5, 5, 5]]

@@ -12,13 +12,16 @@ from specjax.control import switch_in_place, zero_outputs
 from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal
 
 LOOKS = 0.005
-"""By how much looks at what the most drafts would bring, where fewer are chosen, lengthen decoding."""
+"""By how much looks at what more drafts than the chosen number would bring lengthen decoding."""
 
 GAIN = 0.05
 """How much faster than a round without drafts the others must promise to be: both costs and acceptance are noisy."""
 
-RATE = 0.1
-"""Weight of a round in the running mean of acceptance."""
+RATE = 0.05
+"""Weight of a round in the running mean of acceptance, in the long run."""
+
+PRIOR_ROUNDS = 4
+"""How many rounds what is supposed before the first one weighs as much as."""
 
 KEPT = 32
 """Positions committed without drafts that are kept for the drafter to learn from at once: one by one costs more."""
@@ -45,10 +48,11 @@ class PacedState(flax.struct.PyTreeNode):
     Attributes:
         inner: the drafter's state.
         passed: float32[B, G], running mean of P(draft i is accepted | those before it are).
+        num_seen: int32[B, G], rounds in it.
         running: bool[B], rows that committed something in the last round.
         choice: int32[], of this round, an index.
         proposed: int32[B], drafts of this round.
-        rounds: int32[], since the most drafts were tried.
+        rounds: int32[], since more drafts than the best number were tried.
         forced: int32[], a choice that is taken whatever it brings, to measure what it costs; -1 for none.
         taps, final: features of positions that were committed without drafts and that the drafter has not seen yet.
         num_unseen: int32[B], how many those are.
@@ -56,6 +60,7 @@ class PacedState(flax.struct.PyTreeNode):
 
     inner: Any
     passed: jax.Array
+    num_seen: jax.Array
     running: jax.Array
     choice: jax.Array
     proposed: jax.Array
@@ -105,18 +110,20 @@ def paced(drafters: Sequence[Drafter], feature_width: int, dtype: jnp.dtype) -> 
         index = jnp.where(behind, 1 + (most > jnp.array(widths[:-1], jnp.int32)).sum(), 0)
         return switch_in_place(index, (_same, *learning), state)
 
-    def choose(seconds: jax.Array, state: PacedState) -> jax.Array:
+    def choose(seconds: jax.Array, state: PacedState) -> tuple[jax.Array, jax.Array]:
+        """The choice, int32[], and whether more drafts than the best number are tried by it, or there are no more."""
         reached = jnp.cumprod(state.passed, axis=1)
         rows = state.running[:, None].astype(jnp.float32)
         reached = (reached * rows).sum(axis=0) / jnp.maximum(rows.sum(), 1.0)
         tokens = 1.0 + jnp.concatenate([jnp.zeros(1), jnp.cumsum(reached)])[jnp.array(counts)]
         best = jnp.argmax((tokens / seconds).at[1:].divide(1.0 + GAIN))
-        looks = state.rounds * LOOKS * seconds[best] >= seconds[-1] - seconds[best]
-        best = jnp.where(looks, len(counts) - 1, best)
-        return jnp.where(state.forced >= 0, state.forced, best).astype(jnp.int32)
+        more = jnp.minimum(best + 1, len(counts) - 1)
+        looks = state.rounds * LOOKS * seconds[best] >= seconds[more] - seconds[best]
+        choice = jnp.where(looks, more, best)
+        return jnp.where(state.forced >= 0, state.forced, choice).astype(jnp.int32), looks
 
     def propose(params: PacedParams, state: PacedState, context: Context) -> tuple[Proposal, PacedState]:
-        choice = choose(params.seconds, state)
+        choice, looks = choose(params.seconds, state)
         state = catch_up(params.inner, state, context, choice > 0)
 
         def with_drafts(drafter: Drafter):
@@ -135,14 +142,15 @@ def paced(drafters: Sequence[Drafter], feature_width: int, dtype: jnp.dtype) -> 
         wanted = (state.forced >= 0) & (jnp.arange(G) < jnp.array(counts)[choice])
         tokens = jnp.where(wanted & (proposal.tokens == NO_DRAFT), 0, proposal.tokens)
         proposal = proposal._replace(tokens=tokens)
-        rounds = jnp.where(choice == len(counts) - 1, 0, state.rounds + 1)
+        rounds = jnp.where(looks, 0, state.rounds + 1)
         return proposal, state.replace(inner=inner, choice=choice, proposed=proposal.num_drafts, rounds=rounds)
 
     def observe(params: PacedParams, state: PacedState, context: Context, features: Features, num_new: jax.Array):
         def after_drafts(state: PacedState) -> PacedState:
             inner = largest.observe(params.inner, state.inner, context, features, num_new)
             num_drafts = jnp.where(state.proposed.any(), jnp.array(counts)[state.choice], 0)
-            return state.replace(inner=inner, passed=_update(state.passed, num_new, num_drafts))
+            passed, num_seen = _update(state.passed, state.num_seen, num_new, num_drafts)
+            return state.replace(inner=inner, passed=passed, num_seen=num_seen)
 
         def after_none(state: PacedState) -> PacedState:
             slot = jnp.where(num_new > 0, state.num_unseen, kept)
@@ -163,6 +171,7 @@ def paced(drafters: Sequence[Drafter], feature_width: int, dtype: jnp.dtype) -> 
         return PacedState(
             inner=largest.init(params.inner, batch, capacity),
             passed=jnp.full((batch, G), PRIOR),
+            num_seen=jnp.zeros((batch, G), jnp.int32),
             running=jnp.ones(batch, bool),
             choice=jnp.zeros((), jnp.int32),
             proposed=jnp.zeros(batch, jnp.int32),
@@ -194,11 +203,14 @@ def _widened(proposal: Proposal, num: int) -> Proposal:
     return pad._replace(tokens=jnp.pad(proposal.tokens, ((0, 0), (0, more)), constant_values=NO_DRAFT))
 
 
-def _update(passed: jax.Array, num_new: jax.Array, num_drafts: jax.Array) -> jax.Array:
-    """The running means after a round of so many drafts; a row that had none of them counts as one that rejected them,
-    because the window was paid for. A position is seen where all before it passed.
+def _update(
+    passed: jax.Array, num_seen: jax.Array, num_new: jax.Array, num_drafts: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The running means, and how many rounds are in them, after a round of so many drafts; a row that had none of them
+    counts as one that rejected them, because the window was paid for. A position is seen where all before it passed.
     """
     accepted = (num_new - 1)[:, None]
     position = jnp.arange(passed.shape[1])
     seen = (num_new > 0)[:, None] & (accepted >= position) & (position < num_drafts)
-    return jnp.where(seen, passed + RATE * ((accepted > position) - passed), passed)
+    rate = jnp.maximum(RATE, 1.0 / (num_seen + PRIOR_ROUNDS))
+    return jnp.where(seen, passed + rate * ((accepted > position) - passed), passed), num_seen + seen
