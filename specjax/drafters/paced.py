@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from specjax.control import switch_in_place, zero_outputs
 from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal
 
-LOOKS = 0.005
+LOOKS = 0.0075
 """By how much looks at what more drafts than the chosen number would bring lengthen decoding."""
 
 GAIN = 0.05
@@ -20,13 +20,13 @@ GAIN = 0.05
 RATE = 0.05
 """Weight of a round in the running mean of acceptance, in the long run."""
 
-PRIOR_ROUNDS = 4
+PRIOR_ROUNDS = 8
 """How many rounds what is supposed before the first one weighs as much as."""
 
 KEPT = 32
 """Positions committed without drafts that are kept for the drafter to learn from at once: one by one costs more."""
 
-PRIOR = 0.6
+PRIOR = 0.5
 """Probability that a draft behind accepted ones is accepted, before anything is known: high enough to try."""
 
 
