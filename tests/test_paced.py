@@ -224,7 +224,7 @@ def test_drafts_that_always_pass_are_made_and_others_given_up(measured):
     config = specjax.SpeculativeConfig(method="draft_model", model="unused", num_speculative_tokens="auto")
     measured["seconds"] = [1.0, 1.2, 1.3, 1.4, 1.5, 1.6]
     perfect = specjax.SpeculativeDecoder(TARGET, config, draft=TARGET, max_batch_size=1)
-    result = perfect.generate([PROMPTS[0]], specjax.SamplingParams(max_tokens=70))
+    result = perfect.generate([PROMPTS[0]], specjax.SamplingParams(max_tokens=128))
     assert result.metrics.acceptance_length > 5.0
     measured["seconds"] = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     hopeless = specjax.SpeculativeDecoder(TARGET, config, draft=OTHER, max_batch_size=1)
