@@ -226,7 +226,7 @@ def method_of(model: str) -> Method:
         if kind is None and "draft_vocab_size" in config:
             return "eagle3"
         architectures = str(config.get("architectures")).lower()
-        return "eagle" if "eagle" in architectures else "draft_model"
+        return next((method for method in ("eagle3", "eagle") if method in architectures), "draft_model")
     return next((method for method in HEAD_METHODS if method in Path(model).name.lower()), "draft_model")
 
 

@@ -40,7 +40,7 @@ STREAM_ROUNDS = 4
 """Rounds between two looks at the device while streaming or looking for stop strings."""
 
 FINISH_REASONS = {STOP: "stop", LENGTH: "length", ERROR: "error"}
-MANY_DRAFTS, HARDLY_ANY = 400, 0.03
+MANY_DRAFTS, HARDLY_ANY = 200, 0.03
 """After so many drafts, fewer than so many accepted a round mean that something is wrong with the drafter."""
 
 PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
@@ -388,7 +388,7 @@ class SpeculativeDecoder:
             outputs += batch.outputs()
             metrics = batch.metrics() if metrics is None else metrics + batch.metrics()
         assert metrics is not None  # requests are never empty
-        self._warn_if_nothing_is_accepted(metrics)
+        self.warn_if_nothing_is_accepted(metrics)
         return _result(outputs, metrics, RULES[self.rule_name].lossless, self.target.tokenizer)
 
     def stream(
@@ -408,7 +408,7 @@ class SpeculativeDecoder:
             )
         return Stream(_Batch(self, requests, min_capacity=0, trace=False), RULES[self.rule_name].lossless)
 
-    def _warn_if_nothing_is_accepted(self, metrics: Metrics) -> None:
+    def warn_if_nothing_is_accepted(self, metrics: Metrics) -> None:
         """Says what to check where a head or draft model was of no use."""
         if self.config is None or self.config.method == "ngram" or metrics.drafted < MANY_DRAFTS:
             return
@@ -548,7 +548,9 @@ class Stream:
                 if len(safe) > len(shown[index]) or output.finish_reason:
                     yield StreamChunk(index, safe[len(shown[index]) :], output.finish_reason)
                     shown[index] = max(shown[index], safe, key=len)
-        self.result = _result(batch.outputs(), batch.metrics(), lossless, batch.owner.target.tokenizer)
+        metrics = batch.metrics()
+        batch.owner.warn_if_nothing_is_accepted(metrics)
+        self.result = _result(batch.outputs(), metrics, lossless, batch.owner.target.tokenizer)
 
 
 class _Batch:

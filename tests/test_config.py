@@ -628,6 +628,8 @@ def test_absent_methods_are_refused_with_those_that_exist():
         ({"speculators_model_type": "mtp"}, "mtp"),
         ({"speculators_model_type": "eagle"}, "eagle"),
         ({"architectures": ["LlamaForCausalLM"], "draft_vocab_size": 32000}, "eagle3"),
+        ({"architectures": ["LlamaForCausalLMEagle3"]}, "eagle3"),
+        ({"architectures": ["EagleLlamaForCausalLM"]}, "eagle"),
         ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "draft_model"),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 from models import random_target
 
-from specjax import SamplingParams, SpeculativeDecoder, cli
+from specjax import SamplingParams, SpeculativeConfig, SpeculativeDecoder, cli
 from specjax.errors import ConfigError, SpecJAXError
 from specjax.evaluate import compare, environment, oracle, report, run
 from specjax.evaluate.experiment import COMPARISONS, Experiment
@@ -270,6 +270,50 @@ def test_what_fails_is_recorded_and_the_run_goes_on(config, tmp_path, monkeypatc
     assert row["speedup"] == pytest.approx(rates[1] / rates[0])  # over the prompts that both could answer
     assert summary["baseline"]["num_tokens"] == sum(len(answers[p, 0, "plain", 0]["token_ids"]) for p in ("p1", "p2"))
     assert row["identical"] + row["near_tie"] == 1
+
+
+def test_costs_that_cannot_be_measured_do_not_take_the_results_with_them(config, tmp_path, monkeypatch):
+    config |= ConfigDict({"repeats": 1, "num_prompts": 1, "costs": True, "step_context": 40})
+    measure = run.costs.measure_costs
+    monkeypatch.setattr(run.costs, "REPEATS", 1)
+
+    def failing(*_):
+        raise jax.errors.JaxRuntimeError("out of memory")
+
+    monkeypatch.setattr(run.costs, "measure_costs", failing)
+    summary = run.evaluate(config, tmp_path / "w")
+    assert summary["finished"] and summary["warnings"] == ["costs could not be measured: out of memory"]
+    assert summary["methods"]["ngram"]["identical"] == 2 and summary["examples"]
+    monkeypatch.setattr(run.costs, "measure_costs", measure)
+    again = run.evaluate(config, tmp_path / "w")
+    assert again["costs"] and not again["warnings"]
+
+
+def test_a_context_too_long_for_costs_is_refused_before_anything_is_measured(config, tmp_path):
+    config |= ConfigDict({"costs": True, "step_context": 10_000})
+    with pytest.raises(ConfigError, match="step_context=10000"):
+        run.evaluate(config, tmp_path / "w")
+    assert not [line for line in lines_of(tmp_path / "w") if "method" in line]
+
+
+def test_synthetic_acceptance_has_no_cost_curve():
+    fields = {"method": "ngram", "num_speculative_tokens": 3, "rejection_sampling_strategy": "synthetic"}
+    rates = SpeculativeConfig(**fields, synthetic_acceptance_rates=(0.8, 0.6, 0.4))
+    assert not run.costs.has_draft_curve(rates)
+    assert run.costs.has_draft_curve(SpeculativeConfig(method="ngram", num_speculative_tokens=3))
+
+
+def test_other_libraries_warm_up_before_they_are_measured(config, tmp_path, monkeypatch):
+    calls = []
+
+    def generate(tokens):
+        calls.append(tokens)
+        return compare.Generated([1, 2], 1, 0.1, 0.1)
+
+    monkeypatch.setattr(run, "_others", lambda *_: ({"transformers": generate}, {}))
+    config |= ConfigDict({"repeats": 1, "num_prompts": 1, "methods": {}, "compare": ("transformers",)})
+    run.evaluate(config, tmp_path / "w")
+    assert len(calls) == 3 and calls[0] == calls[1]  # the first of two turns twice
 
 
 def test_a_run_in_which_nothing_succeeds_ends_with_an_error(model, tmp_path, capsys):

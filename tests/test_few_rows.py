@@ -14,17 +14,18 @@ from specjax.target import decoder, few_rows, layers
 WIDTH, NUM = 96, 200
 
 
-def arrays(num_rows):
+def arrays(num_rows, num_outputs=NUM):
     random = np.random.default_rng(num_rows)
-    shapes = (num_rows, WIDTH), (NUM, WIDTH)
+    shapes = (num_rows, WIDTH), (num_outputs, WIDTH)
     return [random.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-@pytest.mark.parametrize("num_rows", range(1, few_rows.MOST + 2))
-def test_few_rows_give_the_matrix_product(num_rows):
-    x, matrix = arrays(num_rows)
+@pytest.mark.parametrize("num_outputs", [NUM, 3 * few_rows.BLOCK, 97])
+@pytest.mark.parametrize("num_rows", [*range(1, few_rows.TOGETHER + 4), few_rows.MOST, few_rows.MOST + 1])
+def test_few_rows_give_the_matrix_product(num_rows, num_outputs):
+    x, matrix = arrays(num_rows, num_outputs)
     found = jax.jit(few_rows.times)(x, matrix)
-    assert found.shape == (num_rows, NUM) and found.dtype == jnp.float32
+    assert found.shape == (num_rows, num_outputs) and found.dtype == jnp.float32
     np.testing.assert_allclose(found, x.astype(np.float64) @ matrix.T.astype(np.float64), atol=2e-5)
 
 
@@ -39,13 +40,14 @@ def test_numbers_that_bfloat16_holds_are_kept_in_it_and_give_the_same(num_rows):
     found = jax.jit(layers.project)(x, narrow)
     wide = jax.jit(few_rows.times)(x, kernel.T)
     assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, wide, atol=0 if num_rows <= few_rows.MOST else 2e-5)
+    np.testing.assert_allclose(found, wide, atol=0 if few_rows.suits(num_rows, NUM) else 2e-5)
     np.testing.assert_array_equal(layers.as_array(narrow), kernel)
     assert layers.as_array(narrow).dtype == jnp.float32
 
 
-def test_a_row_is_the_same_whatever_stands_beside_it():
-    x, matrix = arrays(5)
+@pytest.mark.parametrize("num_rows", [5, few_rows.TOGETHER + 3])
+def test_a_row_is_the_same_whatever_stands_beside_it(num_rows):
+    x, matrix = arrays(num_rows)
     alone = np.asarray(jax.jit(few_rows.times)(x, matrix))
     for broken in (np.nan, np.inf, -np.inf, 1e38):
         beside = x.copy()
@@ -67,6 +69,11 @@ def test_the_products_are_never_in_memory(num_rows):
     assert "reduce-window" not in compiled.as_text()
     # The activations twice and the sums twice, an even number of rows of them.
     assert compiled.memory_analysis().temp_size_in_bytes < 2.5 * (num_rows + 1) * (WIDTH + NUM) * 4
+
+
+def test_rows_beyond_the_first_few_need_outputs_that_make_blocks():
+    assert few_rows.suits(few_rows.TOGETHER, 50257) and not few_rows.suits(few_rows.TOGETHER + 1, 50257)
+    assert few_rows.suits(few_rows.MOST, 49152) and not few_rows.suits(few_rows.MOST + 1, 49152)
 
 
 def test_both_forms_of_a_kernel_give_the_same():

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from models import LetterTokenizer, random_target
+from safetensors.numpy import save_file
 
 import specjax
 from specjax.checkpoints import heads as head_files
 from specjax.checkpoints import pretrained
+from specjax.checkpoints.load import load_target
 from specjax.cli import main
 from specjax.drafters import build_drafter
 from specjax.drafters.fit import check_fit
@@ -23,6 +26,7 @@ from specjax.heads import network
 from specjax.target import decoder
 from specjax.train import losses, trainer
 from specjax.train.data import Batch
+from specjax.train.export import export
 from specjax.train.students import student_for
 
 TARGET = random_target(0, tokenizer=LetterTokenizer())
@@ -167,6 +171,42 @@ def test_drafts_that_are_never_accepted_are_explained(tmp_path):
     found = specjax.SpeculativeDecoder(BARE, config)
     with pytest.warns(specjax.DraftWarning, match="acceptance_length=1.0.*norm_before_residual"):
         found.generate([[1, 2, 3], [4, 5, 6]], specjax.SamplingParams(max_tokens=60, temperature=1.0, seed=1))
+
+
+def test_a_stream_of_drafts_that_are_never_accepted_is_explained_too(tmp_path):
+    config = specjax.SpeculativeConfig(method="eagle3", model=str(written(tmp_path / "head")), num_speculative_tokens=8)
+    found = specjax.SpeculativeDecoder(BARE, config)
+    with pytest.warns(specjax.DraftWarning, match="acceptance_length=1.0"):
+        list(found.stream([[1, 2, 3]], specjax.SamplingParams(max_tokens=60, temperature=1.0, seed=1)))
+
+
+def test_a_draft_model_with_mtp_layers_says_how_to_draft_with_those(tmp_path):
+    path = tiny.write_directory(tmp_path / "draft", tiny.hf_config("llama-untied"))
+    draft = load_target(path, dtype="float32")
+    block = hc.for_target(draft.config, "mtp", wiring="mimo")
+    own = head_files.tensors_of(
+        block, network.init(block, jax.random.key(0)), head_files.NAMES["mimo"], jnp.float32, draft.config.num_layers
+    )
+    save_file(tiny.tensors(tiny.hf_config("llama-untied")) | own, path / "model.safetensors")
+    described = json.loads((path / "config.json").read_text()) | {"model_type": "mimo", "num_nextn_predict_layers": 1}
+    (path / "config.json").write_text(json.dumps(described))
+    config = specjax.SpeculativeConfig(model=str(path))
+    assert config.method == "draft_model"
+    with pytest.warns(specjax.DraftWarning, match="set method='mtp'"):
+        build_drafter(config, draft)
+
+
+def test_export_of_a_checkpoint_keeps_what_it_drafts(tmp_path):
+    target = load_target(tiny.write_directory(tmp_path / "target", tiny.hf_config("llama-untied")), dtype="float32")
+    block = hc.for_target(target.config, "eagle")
+    params, ids = network.init(block, jax.random.key(0)), np.array([3, 5, 8], np.int32)
+    first = head_files.write_head(
+        tmp_path / "first", block, params, str(tmp_path / "target"), [], 3, None, jnp.float32, ids
+    )
+    second = export(first, tmp_path / "second", target=str(tmp_path / "target"), dtype="float32")
+    for name in ("token_map.json", "model.safetensors"):
+        assert (second / name).read_bytes() == (first / name).read_bytes()
+    assert head_files.num_drafts_of(second) == 3
 
 
 def test_export_writes_what_training_left(fitted, tmp_path, monkeypatch):

@@ -174,13 +174,26 @@ def test_what_is_learnt_from_a_round():
     before, often = jnp.full((4, 3), 0.5), jnp.full((4, 3), 1000)
     # All of 2 drafts passed; the first failed; the second failed; a row that is done.
     round_ = jnp.array([3, 1, 2, 0]), jnp.int32(2)
-    for num_seen, rate in ((often, pacing_drafter.RATE), (jnp.full((4, 3), 2), 1 / (2 + pacing_drafter.PRIOR_ROUNDS))):
+    for num_seen, rate in ((often, pacing_drafter.RATE), (jnp.full((4, 3), 2), 1 / (3 + pacing_drafter.PRIOR_ROUNDS))):
         after, seen = pacing_drafter._update(before, num_seen, *round_)
         up, down = 0.5 + rate * 0.5, 0.5 - rate * 0.5
         np.testing.assert_allclose(after, [[up, up, 0.5], [down, 0.5, 0.5], [up, down, 0.5], [0.5] * 3], rtol=1e-6)
         np.testing.assert_array_equal(seen - num_seen, [[1, 1, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
     unchanged = pacing_drafter._update(before, often, jnp.array([1] * 4), jnp.int32(0))
     jax.tree.map(np.testing.assert_array_equal, unchanged, (before, often))
+
+
+def test_drafts_of_rows_that_are_done_say_nothing_about_the_others():
+    """A row that repeats itself but is done; one that runs, and has no drafts, so that no window was paid for."""
+    drafter = paced([ngram(num, 1, 2) for num in (1, 2, 4)], TARGET.config.width, jnp.float32)
+    decoding = Decoding(drafter, PacedParams((), jnp.array([1.0, 1e-3, 1.0, 1.0])))
+    state = decoding.start([[1, 2, 1, 2, 1, 2, 1], [10, 11, 12, 13]])
+    state = state.replace(finish=jnp.array([step.STOP, step.RUNNING]))
+    for running, seen in (([True, True], [0, 1]), ([False, True], [0, 0])):
+        paced_state = state.drafter.replace(running=jnp.array(running))
+        drafts, after = decoding.round(decoding.params, state.replace(drafter=paced_state))
+        assert (np.asarray(drafts) == NO_DRAFT).all()
+        np.testing.assert_array_equal(after.drafter.num_seen[:, 0], seen)
 
 
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 1, 4, 1], [2, 7, 2, 7, 2], [8], [5, 5, 5, 5, 5, 5, 5]]
@@ -209,7 +222,7 @@ def test_texts_are_those_of_plain_decoding(method, temperature, measured, monkey
         rejection_sampling_strategy="typical-acceptance",
         **({"prompt_lookup_min": 1, "prompt_lookup_max": 2} if method == "ngram" else {"model": "unused"}),
     )
-    # Such costs that nothing pays: rounds without drafts, and a try in every fourth.
+    # Such costs that nothing pays: rounds without drafts, and a try in every third.
     measured["seconds"] = [1.0, 50.0, 60.0, 70.0, 80.0, 90.0]
     draft = OTHER if method == "draft_model" else None
     decoder_ = specjax.SpeculativeDecoder(TARGET, config, draft=draft, max_batch_size=4)
@@ -229,7 +242,7 @@ def test_drafts_that_always_pass_are_made_and_others_given_up(measured):
     measured["seconds"] = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]
     hopeless = specjax.SpeculativeDecoder(TARGET, config, draft=OTHER, max_batch_size=1)
     result = hopeless.generate([PROMPTS[0]], specjax.SamplingParams(max_tokens=128))
-    # The prior is given up within a few rounds, and not tried again for 1,000.
+    # The prior is given up within a few rounds, and not tried again for 133.
     assert result.metrics.drafted < 40
 
 
@@ -238,6 +251,28 @@ def test_there_is_room_for_all_that_is_learnt_at_once():
     decoder_ = specjax.SpeculativeDecoder(TARGET, config, draft=OTHER, max_batch_size=1)
     [request] = decoder_.requests([[1] * 200], specjax.SamplingParams(max_tokens=100))
     assert request.longest(decoder_) >= 300 + pacing_drafter.KEPT
+
+
+def test_costs_of_a_hybrid_are_those_of_its_head_and_of_as_many_blocks_of_the_cache(monkeypatch):
+    """What is measured is a text with nothing to copy, whose rounds all end in one block of the cache."""
+    started = []
+    with_drafts, weights = METHODS["hybrid"]
+    drafters = [with_drafts(num) for num in draft_counts(MOST) if num]
+    decoding = Decoding(paced(drafters, TARGET.config.width, jnp.float32), PacedParams(weights, jnp.ones(4)))
+    init = decoding.programs.init
+
+    def watched(params, rows):
+        started.append(rows)
+        return init(params, rows)
+
+    monkeypatch.setattr(decoding.programs, "init", watched)
+    pacing.round_seconds(decoding.programs, decoding.params, rows_of([[1]] * 2))
+    assert started
+    for rows in started:
+        length = int(rows["length"][0])
+        text = rows["tokens"][0, :length]
+        assert (text[:-1] != text[-1]).all()
+        assert length % 64 and length // 64 == (length + pacing.ROUNDS * (MOST + 1) + MOST + 1) // 64
 
 
 def test_costs_are_measured_once_for_a_batch_size(measured):

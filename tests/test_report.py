@@ -509,6 +509,14 @@ def test_runs_that_cannot_be_compared_are_warned_about(field, value, write, summ
     assert f"{field} differs" in source[: source.index("<main>")]
 
 
+@pytest.mark.parametrize(("field", "value"), [("categories", ["qa"]), ("chat", False)])
+def test_runs_of_other_prompts_cannot_be_compared_either(field, value, write, summary, tmp_path, capsys):
+    config = summary["config"] | {field: value}
+    folders = [str(write("one", summary)), str(write("two", sample_summary(config=config)))]
+    assert cli.main(["report", *folders, f"--out={tmp_path / 'out'}"]) == 0
+    assert f"{field} differs" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [

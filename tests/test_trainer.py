@@ -19,6 +19,7 @@ from models import QUICK, random_target
 from safetensors.numpy import load_file, save_file
 from test_heads import random_weights
 
+from specjax.checkpoints.heads import num_drafts_of
 from specjax.cli import main
 from specjax.errors import ConfigError, SpecJAXError
 from specjax.heads import config as heads
@@ -225,7 +226,8 @@ def test_a_draft_model_goes_on_from_its_checkpoint(folder, tmp_path):
     sizes = {"width": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "mlp_width": 32}
     common = {"head": {"method": "draft_model", **sizes}, "loss_vocab_size": 40, "steps": LOG, "unroll": [[0, 1]]}
     run(folder, tmp_path / "first", **common)
-    exported = export(tmp_path / "first", tmp_path / "exported", dtype="float32")
+    exported = export(tmp_path / "first", tmp_path / "exported", num_speculative_tokens=3, dtype="float32")
+    assert num_drafts_of(exported) == 3
     run(folder, tmp_path / "second", **common, init_from=str(exported), optimizer=HARDLY)
     assert_same_heads(tmp_path / "first", tmp_path / "second")
 

@@ -521,6 +521,19 @@ def _read_vocabulary(tensors: hf.Tensors, head: HeadConfig) -> np.ndarray | None
     return ids.astype(np.int32) if head.reduced else None
 
 
+def num_drafts_of(directory: Path) -> int | None:
+    """The drafts a round that a draft model's directory asks for; None where its config.json does not say.
+
+    Raises:
+        CheckpointError: no config.json, or fields of the speculators format that are wrong.
+    """
+    from specjax.checkpoints import speculators
+
+    if hf.read_config(directory).get("speculators_model_type") is None:
+        return None
+    return _num_speculative_tokens(speculators.SpeculatorModelConfig.from_pretrained(directory))
+
+
 def _num_speculative_tokens(speculator: "SpeculatorModelConfig | None") -> int | None:
     details = speculator.speculators_config if speculator else None
     methods = details.proposal_methods if details else []
@@ -662,12 +675,14 @@ def write_draft_model(
     config: ModelConfig,
     params: decoder.Params,
     target_name: str,
-    dtype: Any = jnp.bfloat16,
+    num_speculative_tokens: int,
     token_map: np.ndarray | None = None,
+    dtype: Any = jnp.bfloat16,
 ) -> Path:
     """Writes a language model with a tied head as a Hugging Face directory that names the target it drafts for.
 
     Args:
+        num_speculative_tokens: G to draft with.
         token_map: int32[V'], for TOKEN_MAP: the only tokens to be drafted.
 
     Raises:
@@ -676,7 +691,7 @@ def write_draft_model(
     from specjax.checkpoints import speculators
 
     layer = to_hf(config) | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
-    speculator = _greedy_chain("independent", 4, target_name, [])
+    speculator = _greedy_chain("independent", num_speculative_tokens, target_name, [])
     written = speculators.IndependentSpeculatorConfig(**layer, speculators_config=speculator)
     written.dtype = jnp.dtype(dtype).name
     return _publish(Path(directory), dict(_as_tensors(hf.model_entries(config), params, dtype)), written, token_map)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from specjax.checkpoints import pretrained
-from specjax.checkpoints.heads import TOKEN_MAP, LoadedHead, detect_method, read_head, read_token_map
+from specjax.checkpoints.heads import TOKEN_MAP, LoadedHead, detect_method, num_drafts_of, read_head, read_token_map
 from specjax.checkpoints.load import Target, load_target, reads_rows_first
 from specjax.config import AUTO, SpeculativeConfig
 from specjax.drafters.base import Drafter, draft_counts
@@ -84,6 +84,13 @@ def _draft_model(config: SpeculativeConfig, target: Target) -> Method:
             raise ConfigError(
                 f"SpeculativeConfig.method='draft_model': {config.model} is for method={method!r}; set that, or give "
                 "a language model."
+            )
+        if method == "mtp":
+            warnings.warn(
+                f"SpeculativeConfig.model={config.model!r}: has MTP layers, but method='draft_model' drafts with the "
+                "whole model; set method='mtp' to draft with those layers.",
+                DraftWarning,
+                stacklevel=2,
             )
         draft = load_target(config.model, dtype=target.dtype, revision=config.revision)
     return _draft_model_method(draft, target, config, directory)
@@ -232,7 +239,8 @@ def _draft_model_method(draft: Target, target: Target, config: SpeculativeConfig
     weights = DraftWeights(draft.params)
     if token_of is not None:
         weights = DraftWeights(draft.params, columns, jnp.asarray(token_of))
-    return Method(lambda num: draft_model(draft.config, num, draft.dtype, sample, limit, threshold), weights)
+    asked = None if directory is None else num_drafts_of(directory)
+    return Method(lambda num: draft_model(draft.config, num, draft.dtype, sample, limit, threshold), weights, asked)
 
 
 def _checked_limit(config: SpeculativeConfig, longest: int, what: str) -> int | None:

@@ -20,7 +20,7 @@ GAIN = 0.05
 RATE = 0.05
 """Weight of a round in the running mean of acceptance, in the long run."""
 
-PRIOR_ROUNDS = 8
+PRIOR_ROUNDS = 7
 """How many rounds what is supposed before the first one weighs as much as."""
 
 KEPT = 32
@@ -43,7 +43,7 @@ class PacedParams(NamedTuple):
 
 
 class PacedState(flax.struct.PyTreeNode):
-    """What pacing carries beside the drafter's own state. Every array has a row for each row of the batch.
+    """What pacing carries beside the drafter's own state. B stands for rows of the batch.
 
     Attributes:
         inner: the drafter's state.
@@ -51,7 +51,7 @@ class PacedState(flax.struct.PyTreeNode):
         num_seen: int32[B, G], rounds in it.
         running: bool[B], rows that committed something in the last round.
         choice: int32[], of this round, an index.
-        proposed: int32[B], drafts of this round.
+        proposed: int32[B], drafts of this round, of rows that run.
         rounds: int32[], since more drafts than the best number were tried.
         forced: int32[], a choice that is taken whatever it brings, to measure what it costs; -1 for none.
         taps, final: features of positions that were committed without drafts and that the drafter has not seen yet.
@@ -143,7 +143,8 @@ def paced(drafters: Sequence[Drafter], feature_width: int, dtype: jnp.dtype) -> 
         tokens = jnp.where(wanted & (proposal.tokens == NO_DRAFT), 0, proposal.tokens)
         proposal = proposal._replace(tokens=tokens)
         rounds = jnp.where(looks, 0, state.rounds + 1)
-        return proposal, state.replace(inner=inner, choice=choice, proposed=proposal.num_drafts, rounds=rounds)
+        proposed = jnp.where(state.running, proposal.num_drafts, 0)
+        return proposal, state.replace(inner=inner, choice=choice, proposed=proposed, rounds=rounds)
 
     def observe(params: PacedParams, state: PacedState, context: Context, features: Features, num_new: jax.Array):
         def after_drafts(state: PacedState) -> PacedState:
@@ -212,5 +213,5 @@ def _update(
     accepted = (num_new - 1)[:, None]
     position = jnp.arange(passed.shape[1])
     seen = (num_new > 0)[:, None] & (accepted >= position) & (position < num_drafts)
-    rate = jnp.maximum(RATE, 1.0 / (num_seen + PRIOR_ROUNDS))
+    rate = jnp.maximum(RATE, 1.0 / (1 + PRIOR_ROUNDS + num_seen))
     return jnp.where(seen, passed + rate * ((accepted > position) - passed), passed), num_seen + seen

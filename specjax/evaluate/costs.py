@@ -98,6 +98,7 @@ def phase_milliseconds(
     Raises:
         ConfigError: the prompt and the rounds outgrow the target's context.
     """
+    check_context(owner, len(tokens))
     parts, best = _parts(owner.programs.system), dict.fromkeys((*PHASES, "round"), float("inf"))
     for _ in range(repeats + 1):  # the first one is the warm-up
         params, state = _running_state(owner, tokens, sampling)
@@ -112,17 +113,30 @@ def phase_milliseconds(
     return best
 
 
+def check_context(owner: SpeculativeDecoder, num_tokens: int) -> None:
+    """Refuses a prompt that the rounds that are timed would not fit behind.
+
+    Raises:
+        ConfigError: it outgrows the target's context.
+    """
+    longest, num_new = owner.target.config.max_position, _num_new(owner)
+    if num_tokens + num_new > longest:
+        raise ConfigError(
+            f"config.step_context={num_tokens}: with {num_new} tokens behind it this outgrows the target's context of "
+            f"{longest}; expected at most {longest - num_new}."
+        )
+
+
+def _num_new(owner: SpeculativeDecoder) -> int:
+    """The most tokens that the timed rounds and those before them give."""
+    return (FIRST_ROUNDS + ROUNDS) * (owner.programs.system.drafter.num_speculative_tokens + 1)
+
+
 def _running_state(
     owner: SpeculativeDecoder, tokens: Sequence[int], sampling: SamplingParams
 ) -> tuple[step.Params, step.DecodeState]:
     """A full batch after prefill and some rounds, and its weights."""
-    batch, most = owner.max_batch_size, owner.programs.system.drafter.num_speculative_tokens + 1
-    num_new = (FIRST_ROUNDS + ROUNDS) * most
-    if len(tokens) + num_new > owner.target.config.max_position:
-        raise ConfigError(
-            f"config.step_context={len(tokens)}: with {num_new} tokens behind it this outgrows the target's context "
-            f"of {owner.target.config.max_position}; expected at most {owner.target.config.max_position - num_new}."
-        )
+    batch, num_new = owner.max_batch_size, _num_new(owner)
     endless = sampling.model_copy(update={"max_tokens": num_new, "ignore_eos": True, "stop_token_ids": (), "stop": ()})
     requests = owner.requests([list(tokens)] * batch, endless)
     windows = prefill_windows(len(tokens) - 1)
@@ -233,8 +247,8 @@ def measure_costs(
     """The content of summary.json's "costs": the curve of scoring, what plain rounds cost beyond it ("rest_ms"), and
     what drafting costs: how much more that is in rounds with drafts.
 
-    "idle" says that rounds in which no row has drafts score one token only. How much a method drafts that has a
-    draft_confidence_threshold, or chooses it ("auto"), follows the text, so it has no such cost.
+    "idle" says that rounds in which no row has drafts score one token only. See has_draft_curve for which methods have
+    such a cost.
 
     Args:
         decoders: of the methods, by name, at the batch size of the run; one of them decodes plainly.
@@ -249,7 +263,7 @@ def measure_costs(
     drafts = {
         name: _draft_curve(decoder, phases[name], tokens, sampling, rest)
         for name, decoder in decoders.items()
-        if decoder.config is not None and not drafts_vary(decoder.config)
+        if decoder.config is not None and has_draft_curve(decoder.config)
     }
     return {
         "context": len(tokens),
@@ -261,9 +275,12 @@ def measure_costs(
     }
 
 
-def drafts_vary(config: SpeculativeConfig) -> bool:
-    """Whether a method drafts more tokens in some rounds than in others, as the text has it."""
-    return config.num_speculative_tokens == AUTO or bool(config.draft_confidence_threshold)
+def has_draft_curve(config: SpeculativeConfig) -> bool:
+    """Whether a method's drafts cost the same in every round, and can be fewer: not so where how many there are follows
+    the text ("auto", draft_confidence_threshold), or where synthetic acceptance is for one number of them.
+    """
+    varies = config.num_speculative_tokens == AUTO or bool(config.draft_confidence_threshold)
+    return not varies and not config.uses_synthetic_acceptance()
 
 
 def _draft_curve(

@@ -26,7 +26,8 @@ KINDS: dict[str, type] = {
 """Fields of summary.json that hold others. Each may be null."""
 
 COMPARABLE = "device", "dtype", "prompt_set", "prompts", "turns", "max_tokens", "temperature", "batch_size"
-"""Fields in which runs must agree for their numbers to be compared."""
+CONFIGURED = "categories", "chat"
+"""Fields in which runs must agree for their numbers to be compared, and such fields of their configs."""
 
 
 @contextlib.contextmanager
@@ -120,8 +121,9 @@ def _read_summary(directory: Path) -> dict[str, Any]:
 def incomparable(runs: Sequence[Run]) -> list[str]:
     """Why the numbers of runs can't be compared: a sentence for each field in which they differ."""
     found = []
-    for name in COMPARABLE:
-        values = [run.summary.get(name) for run in runs]
+    compared = {name: [run.summary.get(name) for run in runs] for name in COMPARABLE}
+    compared |= {name: [(run.summary.get("config") or {}).get(name) for run in runs] for name in CONFIGURED}
+    for name, values in compared.items():
         if any(value != values[0] for value in values):
             said = ", ".join(f"{run.label} {value}" for run, value in zip(runs, values, strict=True))
             found.append(f"{name} differs ({said}): numbers of these runs can't be compared with each other.")

@@ -77,11 +77,11 @@ def evaluate(config: ConfigDict, workdir: str | os.PathLike[str], progress: Prog
         try:
             evaluation.measure()
             evaluation.measure_extras()
+            summary = evaluation.write_summary(finished=True)
         except KeyboardInterrupt:
             evaluation.write_summary(finished=False)
             write_report([folder])
             raise
-        summary = evaluation.write_summary(finished=True)
         if processes.is_writer():
             write_report([folder])
         processes.barrier("the end")
@@ -109,12 +109,17 @@ class _Evaluation:
         for decoder in self.decoders.values():
             decoder.requests([[0]], experiment.sampling)  # a parameter that fits no prompt is an error at once,
         self.others, not_run = _others(experiment, target)
-        self.run = Run(experiment, target, prompts, results, self.prompt_tokens, not_run)
+        self.not_measured: dict[str, str] = {}
+        self.run = Run(experiment, target, prompts, results, self.prompt_tokens, not_run, self.not_measured)
         self.total = len(self.run.units) * experiment.repeats * len([*self.decoders, *self.others])
         self.running: dict[str, Metrics] = {}
         self.encoded: dict[tuple[str, int], list[int]] = {}
         self.refreshed = self.mark = time.perf_counter()
-        self.prompt_tokens(prompts[0], 0)  # and so is a missing chat template
+        self.prompt_tokens(prompts[0], 0)  # and so are a missing chat template
+        if experiment.costs or experiment.profile:
+            for decoder in self.decoders.values():
+                costs.check_context(decoder, experiment.step_context)  # and a context that is too long for costs
+        self.warm: set[str] = set()
         self.capacity = self._capacity()
 
     def prompt_tokens(self, prompt: Prompt, turn: int) -> list[int]:
@@ -195,7 +200,11 @@ class _Evaluation:
         answer = Answer(prompt.id, turn, prompt.category, name, repeat)
         if name in self.others:
             try:
-                return _answer_of_another(self.others[name], self.prompt_tokens(prompt, turn), answer, self.target)
+                tokens = self.prompt_tokens(prompt, turn)
+                if name not in self.warm:
+                    self.others[name](tokens)
+                    self.warm.add(name)
+                return _answer_of_another(self.others[name], tokens, answer, self.target)
             except Exception as error:  # another library's: any kind
                 return dataclasses.replace(answer, error=_text(error))
         with _recorded() as errors:
@@ -272,27 +281,37 @@ class _Evaluation:
         return (found, stream), stream.compile_seconds
 
     def measure_extras(self) -> None:
-        """Measures what is measured once a run: costs, the profile, and the examples."""
+        """Measures what is measured once a run: costs, the profile, and the examples. What fails is tried again when
+        the run is gone on with.
+        """
         experiment, extras, context = self.experiment, self.results.extras, self._context()
-        if (experiment.costs or experiment.profile) and "phases" not in extras:
-            self._say("parts of a round")
-            phases = {
+
+        def phases() -> dict[str, Any]:
+            return {
                 name: costs.phase_milliseconds(decoder, context, experiment.sampling)
                 for name, decoder in self.decoders.items()
             }
-            self.results.append_extra("phases", phases)
-        if experiment.costs and "costs" not in extras:
-            self._say("costs")
-            batches = sorted({1, experiment.batch_size, *experiment.cost_batches})
-            measured = costs.measure_costs(self.decoders, extras["phases"], context, experiment.sampling, batches)
-            self.results.append_extra("costs", measured)
-        if experiment.methods and "examples" not in extras:
-            self._say("examples")
-            self.results.append_extra("examples", list(self._examples()))
 
-    def _say(self, what: str) -> None:
+        def curves() -> dict[str, Any]:
+            batches = sorted({1, experiment.batch_size, *experiment.cost_batches})
+            return costs.measure_costs(self.decoders, extras["phases"], context, experiment.sampling, batches)
+
+        if experiment.costs or experiment.profile:
+            self._measure_once("phases", "parts of a round", phases)
+        if experiment.costs and "phases" in extras:
+            self._measure_once("costs", "costs", curves)
+        if experiment.methods:
+            self._measure_once("examples", "examples", lambda: list(self._examples()))
+
+    def _measure_once(self, name: str, what: str, measure: Callable[[], Any]) -> None:
+        if name in self.results.extras:
+            return
         if self.progress:
             self.progress(self.total, self.total, what)
+        with _recorded() as errors:
+            self.results.append_extra(name, measure())
+        if errors:
+            self.not_measured[what] = errors[0]
 
     def _context(self) -> list[int]:
         """step_context token ids of the prompts' own text, again from the start where they are fewer."""

@@ -8,7 +8,7 @@ import numpy as np
 
 from specjax.checkpoints.load import Target
 from specjax.evaluate import environment
-from specjax.evaluate.costs import drafts_vary, predict
+from specjax.evaluate.costs import has_draft_curve, predict
 from specjax.evaluate.experiment import PLAIN, Experiment
 from specjax.evaluate.oracle import Comparison, compare_greedy
 from specjax.evaluate.prompts import Prompt
@@ -37,6 +37,7 @@ class Run:
         results: so far.
         prompt_tokens: (prompt, turn) -> the token ids that every method was given.
         not_run: comparisons that cannot run here -> why.
+        not_measured: what else could not be measured -> why.
     """
 
     experiment: Experiment
@@ -45,6 +46,7 @@ class Run:
     results: Results
     prompt_tokens: Callable[[Prompt, int], list[int]]
     not_run: Mapping[str, str]
+    not_measured: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def units(self) -> list[tuple[Prompt, int]]:
@@ -98,7 +100,7 @@ def summarise(run: Run, finished: bool) -> dict[str, Any]:
         "dtype": str(run.target.dtype),
         "device": environment.device_name(),
         "commit": commits[-1] if commits else None,
-        "warnings": _warnings(commits),
+        "warnings": _warnings(commits, run.not_measured),
         "versions": environment.versions(),
         "config": experiment.as_json(),
         "prompts": len(run.prompts),
@@ -139,15 +141,16 @@ def _predicted(run: Run, costs: Mapping[str, Any]) -> dict[str, Any]:
     for name, method in run.experiment.methods.items():
         measured = run.measured(name)
         total = fastest(measured, measured)
-        if total is not None and not drafts_vary(method):
+        if total is not None and has_draft_curve(method):
             totals[name] = total
     return predict(costs, totals, run.experiment.batch_size)
 
 
-def _warnings(commits: Sequence[str | None]) -> list[str]:
-    if len(commits) < 2:
-        return []
-    return [f"measured by several states of the code: {', '.join(str(commit) for commit in commits)}"]
+def _warnings(commits: Sequence[str | None], not_measured: Mapping[str, str]) -> list[str]:
+    found = [f"{what} could not be measured: {why}" for what, why in not_measured.items()]
+    if len(commits) > 1:
+        found.append(f"measured by several states of the code: {', '.join(str(commit) for commit in commits)}")
+    return found
 
 
 def fastest(measured: Measured, groups: Iterable[Group]) -> Metrics | None:

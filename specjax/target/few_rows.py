@@ -2,8 +2,8 @@
 
 Reading the matrix is what one such product should cost. XLA (0.10) packs it anew for each product of more than one row,
 which doubles that, however few the rows are. Here the sums over products are written out, so that one loop over the
-matrix serves all rows. XLA compiles such sums well only in one form; what it would do with others is said below. None
-of this matters to the result, only to the time.
+matrix serves all rows, also a single one, which XLA multiplies no faster. XLA compiles such sums well only in one form;
+what it would do with others is said below. All of this is for the time that it takes; the result is the product.
 """
 
 import math
@@ -15,10 +15,18 @@ MOST = 24
 """Rows beyond which a matrix product is as fast."""
 
 TOGETHER = 8
-"""Rows that each output is summed for in turn: more would not stay in a core's nearest cache from output to output."""
+"""Up to so many rows, all are summed for one output after the other: more would not stay in a core's nearest cache."""
 
 BLOCK = 64
-"""Outputs that one pair of rows after the other is summed for, where there are more rows than that."""
+"""Beyond, each pair of rows is summed for a block of outputs before the next: the largest common divisor with this."""
+
+LEAST_BLOCK = 16
+"""Where blocks would be smaller, a matrix product of more than TOGETHER rows is as fast."""
+
+
+def suits(num_rows: int, num_outputs: int) -> bool:
+    """Whether times is faster than a matrix product."""
+    return num_rows <= (MOST if math.gcd(num_outputs, BLOCK) >= LEAST_BLOCK else TOGETHER)
 
 
 def times(x: jax.Array, matrix: jax.Array) -> jax.Array:

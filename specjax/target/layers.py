@@ -50,7 +50,7 @@ class RowsFirst(flax.struct.PyTreeNode):
     def times(self, x: jax.Array) -> jax.Array:
         """float32[..., *O] from activations float32[..., I]."""
         flat = x.reshape(-1, x.shape[-1])
-        if len(flat) <= few_rows.MOST:
+        if few_rows.suits(len(flat), len(self.rows)):
             out = few_rows.times(flat, self.rows)
         else:
             out = _dot(flat, self.rows.astype(flat.dtype), (1,), (1,))

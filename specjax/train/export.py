@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from specjax.checkpoints import hf, pretrained
-from specjax.checkpoints.heads import read_head, write_draft_model, write_head
+from specjax.checkpoints.heads import TOKEN_MAP, read_head, read_token_map, write_draft_model, write_head
 from specjax.checkpoints.load import load_target
 from specjax.errors import ConfigError
 from specjax.heads import network
@@ -19,6 +19,9 @@ from specjax.heads.config import HeadConfig
 from specjax.target.families import ModelConfig, RopeScaling
 from specjax.train.begin import read_vocabulary, restore_params, trained_head
 from specjax.train.students import DraftModelStudent, HeadStudent, Student
+
+DRAFTS = 4
+"""Drafts a round that a checkpoint asks for where nobody says how many."""
 
 
 def export(
@@ -42,6 +45,7 @@ def export(
         CheckpointError: the checkpoint cannot be read.
     """
     trained, token_map = trained_head(Path(source)), None
+    drafts = num_speculative_tokens
     if trained is not None:
         summary = trained.parent / "summary.json"
         if not target and summary.is_file():
@@ -49,19 +53,22 @@ def export(
         _require_target(target)
         config, params, vocabulary = read_trained(trained)
         if isinstance(config, ModelConfig):
-            return write_draft_model(Path(out), config, params, _public_name(target), jnp.dtype(dtype), vocabulary)
+            return write_draft_model(
+                Path(out), config, params, _public_name(target), drafts or DRAFTS, vocabulary, jnp.dtype(dtype)
+            )
         if not config.reduced:
             vocabulary, token_map = None, vocabulary
     else:
         _require_target(target)
-        loaded = read_head(pretrained.resolve(source), load_target(target).config, np.dtype("float32"))
+        directory, model = pretrained.resolve(source, pickles=True), load_target(target).config
+        loaded = read_head(directory, model, np.dtype("float32"))
         config, params, vocabulary = loaded.config, loaded.params, loaded.vocabulary
-        num_speculative_tokens = num_speculative_tokens or loaded.num_speculative_tokens or 0
+        if (directory / TOKEN_MAP).is_file() and not config.own_head:
+            token_map = read_token_map(directory / TOKEN_MAP, model.vocab_size, "--source")
+        drafts = drafts or loaded.num_speculative_tokens or 0
     architectures = hf.read_config(pretrained.resolve(target)).get("architectures") or ["LlamaForCausalLM"]
-    drafts = num_speculative_tokens or 4
-    return write_head(
-        Path(out), config, params, _public_name(target), architectures, drafts, vocabulary, jnp.dtype(dtype), token_map
-    )
+    name, drafts = _public_name(target), drafts or DRAFTS
+    return write_head(Path(out), config, params, name, architectures, drafts, vocabulary, jnp.dtype(dtype), token_map)
 
 
 def _public_name(target: str) -> str:
