@@ -183,12 +183,16 @@ def test_a_stream_of_drafts_that_are_never_accepted_is_explained_too(tmp_path):
 def test_a_draft_model_with_mtp_layers_says_how_to_draft_with_those(tmp_path):
     path = tiny.write_directory(tmp_path / "draft", tiny.hf_config("llama-untied"))
     draft = load_target(path, dtype="float32")
-    block = hc.for_target(draft.config, "mtp", wiring="mimo")
+    block = hc.for_target(draft.config, "mtp", wiring="qwen3_next")
     own = head_files.tensors_of(
-        block, network.init(block, jax.random.key(0)), head_files.NAMES["mimo"], jnp.float32, draft.config.num_layers
+        block,
+        network.init(block, jax.random.key(0)),
+        head_files.NAMES["qwen3_next"],
+        jnp.float32,
+        draft.config.num_layers,
     )
     save_file(tiny.tensors(tiny.hf_config("llama-untied")) | own, path / "model.safetensors")
-    described = json.loads((path / "config.json").read_text()) | {"model_type": "mimo", "num_nextn_predict_layers": 1}
+    described = json.loads((path / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
     (path / "config.json").write_text(json.dumps(described))
     config = specjax.SpeculativeConfig(model=str(path))
     assert config.method == "draft_model"

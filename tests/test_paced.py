@@ -185,7 +185,7 @@ def test_what_is_learnt_from_a_round():
 
 def test_drafts_of_rows_that_are_done_say_nothing_about_the_others():
     """A row that repeats itself but is done; one that runs, and has no drafts, so that no window was paid for."""
-    drafter = paced([ngram(num, 1, 2) for num in (1, 2, 4)], TARGET.config.width, jnp.float32)
+    drafter = paced([ngram(num, 1, 2) for num in (1, 2, MOST)], TARGET.config.width, jnp.float32)
     decoding = Decoding(drafter, PacedParams((), jnp.array([1.0, 1e-3, 1.0, 1.0])))
     state = decoding.start([[1, 2, 1, 2, 1, 2, 1], [10, 11, 12, 13]])
     state = state.replace(finish=jnp.array([step.STOP, step.RUNNING]))
