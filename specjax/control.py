@@ -56,28 +56,12 @@ def zero_outputs(run: Callable[[Any], tuple[Any, Any]], carry: Any) -> Any:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
-def narrowest_window(
-    outputs: Callable[[int, Any], tuple[Any, Any]], widths: Sequence[int], num_needed: jax.Array, carry: Any
-) -> tuple[Any, Any]:
-    """outputs(width, carry) for the smallest of some widths that is enough, padded with zeros to the largest.
+def in_narrowest(run: Callable[[int, Any], Any], widths: Sequence[int], num_needed: jax.Array, operand: Any) -> Any:
+    """run(width, operand) for the smallest of some widths that is enough; see switch_in_place.
 
     Args:
-        outputs: (width, carry) -> (a pytree of arrays [B, width, ...], the new carry).
         widths: increasing; a program for each is compiled in.
         num_needed: int32[], at most the largest width.
-        carry: a pytree whose large arrays are updated in place.
     """
-    empty = zero_outputs(functools.partial(outputs, widths[-1]), carry)
-
-    def padded(width, operand):
-        whole, carry = operand
-        part, carry = outputs(width, carry)
-        return jax.tree.map(lambda rows, new: rows.at[:, :width].set(new), whole, part), carry
-
-    return in_narrowest(padded, widths, num_needed, (empty, carry))
-
-
-def in_narrowest(run: Callable[[int, Any], Any], widths: Sequence[int], num_needed: jax.Array, operand: Any) -> Any:
-    """run(width, operand) for the smallest of some widths that is enough; see narrowest_window and switch_in_place."""
     index = (num_needed > jnp.array(widths[:-1], jnp.int32)).sum()
     return switch_in_place(index, [functools.partial(run, width) for width in widths], operand)

@@ -24,6 +24,9 @@ and those of the rounds it reads as many whatever the choice. A block more for s
 NUM_TOKENS = 100
 """Tokens that the text is made of."""
 
+LEAST = 0.1
+"""Of what a round's call takes, what the round counts as at least: with tiny models the call is nearly all of it."""
+
 
 def round_seconds(programs: Any, params: Params, rows: dict[str, np.ndarray]) -> np.ndarray:
     """Seconds of a round with each of the drafter's choices, float32[choices], by decoding some rounds with each.
@@ -58,7 +61,7 @@ def round_seconds(programs: Any, params: Params, rows: dict[str, np.ndarray]) ->
             for _ in range(ROUNDS):
                 state, seconds = _timed(programs, params, state, 1)
                 fastest[choice] = min(fastest[choice], seconds)
-    return fastest - call
+    return np.maximum(fastest - call, LEAST * fastest)
 
 
 def _timed(programs: Any, params: Params, state: DecodeState, rounds: int) -> tuple[DecodeState, float]:

@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from specjax.control import in_narrowest, narrowest_window
+from specjax.control import in_narrowest
 from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal
 from specjax.sampling import SamplingState, adjust, record_log_probability
 from specjax.trace import Trace, record_round
@@ -100,13 +100,13 @@ class DecodeState(flax.struct.PyTreeNode):
 
 
 class Scores(NamedTuple):
-    """The target's view of a round.
+    """The target's view of a round. W is the window: the last committed token and W - 1 drafts.
 
     Attributes:
-        logits: float32[B, G + 1, V]; row i predicts the token after i drafts. Zeros beyond the window that was scored.
-        finite: bool[B, G + 1], whether their largest is a number.
+        logits: float32[B, W, V]; row i predicts the token after i drafts.
+        finite: bool[B, W], whether their largest is a number.
         features: what the drafter may learn from.
-        cache: with the entries of the last token and the drafts behind length - 1.
+        cache: with the entries of the window's tokens behind length - 1.
     """
 
     logits: jax.Array
@@ -116,15 +116,24 @@ class Scores(NamedTuple):
 
 
 def speculative_step(system: System, params: Params, state: DecodeState) -> DecodeState:
-    """One round: every running row commits between 1 and G + 1 tokens."""
+    """One round: every running row commits between 1 and G + 1 tokens.
+
+    What follows the proposal runs in the narrowest window that holds every row's drafts.
+    """
     with jax.named_scope("propose"):
         proposal, drafter = propose(system, params, state)
-    with jax.named_scope("score"):
-        scores = score(system, params, state, proposal)
-    with jax.named_scope("verify"):
-        verdict = verify(system, state, scores, proposal)
-    with jax.named_scope("commit"):
-        return commit(system, params, state.replace(drafter=drafter), scores, proposal, verdict)
+
+    def judge(width: int, state: DecodeState) -> DecodeState:
+        drafts = proposal.first(width - 1)
+        with jax.named_scope("score"):
+            scores = score(system, params, state, drafts)
+        with jax.named_scope("verify"):
+            verdict = verify(system, state, scores, drafts)
+        with jax.named_scope("commit"):
+            return commit(system, params, state, scores, drafts, verdict)
+
+    with jax.named_scope("window"):
+        return in_narrowest(judge, system.drafter.widths, proposal.width, state.replace(drafter=drafter))
 
 
 def propose(system: System, params: Params, state: DecodeState) -> tuple[Proposal, Any]:
@@ -133,43 +142,33 @@ def propose(system: System, params: Params, state: DecodeState) -> tuple[Proposa
     return proposal._replace(tokens=jnp.where(state.done[:, None], NO_DRAFT, proposal.tokens)), drafter
 
 
-def score(system: System, params: Params, state: DecodeState, proposal: Proposal) -> Scores:
-    """The target over the last committed token and the drafts, in the narrowest window that holds every row's."""
+def score(system: System, params: Params, state: DecodeState, drafts: Proposal) -> Scores:
+    """The target over the last committed token and the drafts."""
     start = state.length - 1
     last = jnp.take_along_axis(state.tokens, start[:, None], axis=1)
-    window = jnp.concatenate([last, jnp.maximum(proposal.tokens, 0)], axis=1)
-
-    def outputs(width, cache):
-        out = system.forward(params.target, window[:, :width], start, cache, system.drafter.taps, True)
-        return (out.logits, jnp.isfinite(out.logits.max(axis=-1)), out.taps, out.final), out.cache
-
-    (logits, finite, taps, final), cache = narrowest_window(outputs, system.drafter.widths, proposal.width, state.cache)
-    return Scores(logits, finite, Features(window, start, taps, final), cache)
+    window = jnp.concatenate([last, jnp.maximum(drafts.tokens, 0)], axis=1)
+    out = system.forward(params.target, window, start, state.cache, system.drafter.taps, True)
+    finite = jnp.isfinite(out.logits.max(axis=-1))
+    return Scores(out.logits, finite, Features(window, start, out.taps, out.final), out.cache)
 
 
-def verify(system: System, state: DecodeState, scores: Scores, proposal: Proposal) -> Verdict:
+def verify(system: System, state: DecodeState, scores: Scores, drafts: Proposal) -> Verdict:
     """The acceptance rule, on random numbers that only the row's seed and the absolute positions determine."""
-
-    def verdict(width, _):
-        drafts = proposal.first(width - 1)
-        logits = adjust(scores.logits[:, :width], state.sampling, drafts.tokens)
-        uniforms = round_uniforms(state.sampling, state.length, proposal.tokens.shape[1]).first(width - 1)
-        return system.rule(logits, drafts, state.sampling, uniforms)
-
-    none = jnp.zeros_like(state.length)
-    return in_narrowest(verdict, system.drafter.verdict_widths, proposal.width, Verdict(none, none))
+    logits = adjust(scores.logits, state.sampling, drafts.tokens)
+    uniforms = round_uniforms(state.sampling, state.length, system.drafter.num_speculative_tokens)
+    return system.rule(logits, drafts, state.sampling, uniforms.first(drafts.tokens.shape[1]))
 
 
 def commit(
-    system: System, params: Params, state: DecodeState, scores: Scores, proposal: Proposal, verdict: Verdict
+    system: System, params: Params, state: DecodeState, scores: Scores, drafts: Proposal, verdict: Verdict
 ) -> DecodeState:
     """Appends the accepted drafts and the next token, up to a stop token or the row's limit, and keeps their entries.
 
     A stop token or the limit ends the row there: what is dropped counts as not accepted, and a round's last token
     always as the one that is no draft.
     """
-    slots, accepted = jnp.arange(proposal.tokens.shape[1] + 1), verdict.num_accepted[:, None]
-    new_tokens = jnp.where(slots < accepted, jnp.pad(proposal.tokens, ((0, 0), (0, 1))), verdict.next_token[:, None])
+    slots, accepted = jnp.arange(drafts.tokens.shape[1] + 1), verdict.num_accepted[:, None]
+    new_tokens = jnp.where(slots < accepted, jnp.pad(drafts.tokens, ((0, 0), (0, 1))), verdict.next_token[:, None])
 
     stops = (new_tokens[:, :, None] == state.stop_tokens[:, None, :]).any(axis=-1) & (slots <= accepted)
     until_stop = jnp.where(stops.any(axis=1), jnp.argmax(stops, axis=1) + 1, slots.size + 1)
@@ -193,7 +192,7 @@ def commit(
         finish=jnp.where(state.done, state.finish, finish),
         cache=scores.cache.keep(state.length - 1, num_new),
         drafter=system.drafter.observe(params.drafter, state.drafter, context, scores.features, num_new),
-        num_drafted=state.num_drafted + jnp.where(num_new > 0, proposal.num_drafts, 0),
-        acceptance_counts=state.acceptance_counts + (slots == num_new[:, None] - 1),
-        trace=record_round(state.trace, state.length, proposal.tokens, num_new),
+        num_drafted=state.num_drafted + jnp.where(num_new > 0, drafts.num_drafts, 0),
+        acceptance_counts=state.acceptance_counts.at[:, : slots.size].add(slots == num_new[:, None] - 1),
+        trace=record_round(state.trace, state.length, drafts.tokens, num_new),
     )

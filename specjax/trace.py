@@ -71,7 +71,7 @@ def record_round(trace: Trace | None, length: jax.Array, drafts: jax.Array, num_
     Args:
         trace: Trace or None.
         length: int32[B], before the round.
-        drafts: int32[B, G].
+        drafts: int32[B, G], or fewer where none has more.
         num_new: int32[B].
     """
     if trace is None:
@@ -79,7 +79,7 @@ def record_round(trace: Trace | None, length: jax.Array, drafts: jax.Array, num_
     rows = jnp.arange(length.size)
     positions = jnp.where(num_new > 0, length, trace.num_new.shape[1])
     return Trace(
-        drafts=trace.drafts.at[rows, positions].set(drafts, mode="drop"),
+        drafts=trace.drafts.at[rows, positions, : drafts.shape[1]].set(drafts, mode="drop"),
         num_new=trace.num_new.at[rows, positions].set(num_new, mode="drop"),
     )
 

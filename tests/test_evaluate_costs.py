@@ -59,9 +59,9 @@ def test_predictions_use_the_batch_that_was_run():
 
 def test_the_parts_of_the_step_commit_the_tokens_of_the_whole():
     owner = SpeculativeDecoder(random_target(3), NGRAM, max_batch_size=2)
-    sampling = SamplingParams()
+    system, sampling = owner.programs.system, SamplingParams()
     params, state = costs._running_state(owner, TOKENS, sampling)
-    seconds, by_parts = costs._timed_rounds(costs._parts(owner.programs.system), params, state)
+    seconds, by_parts = costs._timed_rounds(costs._parts(system), system.drafter.widths, params, state)
     params, state = costs._running_state(owner, TOKENS, sampling)
     whole = owner.programs.decode(params, state, costs.ROUNDS)
     np.testing.assert_array_equal(by_parts.tokens, whole.tokens)

@@ -88,7 +88,7 @@ class Drafter(NamedTuple):
         name: the method's name.
         parents: the topology of the G drafts, static; parents[i] is the draft that draft i follows, -1 the last
             committed token. A chain is (-1, 0, 1, ...).
-        widths: window sizes that scoring is compiled for, increasing, the last one G + 1. The smallest that holds
+        widths: window sizes that a round is compiled for, increasing, the last one G + 1. The smallest that holds
             every row's drafts is used, so a round in which nobody drafts costs a plain step.
         taps: target layers whose entering hidden states the drafter wants to see.
         lag: positions before the last committed token that it may not have learnt yet when it proposes; a drafter that
@@ -100,8 +100,7 @@ class Drafter(NamedTuple):
             pieces. The first num_valid, int32[B], positions of the piece belong to the row; the rest is padding.
         propose: (params, state, context) -> (Proposal, state).
         observe: (params, state, context, features, num_new) -> state; sees the context after the round, what the
-            target computed for the last committed token and the drafts (zeros beyond the width that was scored), and
-            how many tokens, int32[B], the row committed; 0 where it is done.
+            target computed for the window, and how many tokens, int32[B], the row committed; 0 where it is done.
     """
 
     name: str
@@ -119,13 +118,6 @@ class Drafter(NamedTuple):
     def num_speculative_tokens(self) -> int:
         """G."""
         return len(self.parents)
-
-    @property
-    def verdict_widths(self) -> tuple[int, ...]:
-        """The windows that the acceptance rule is compiled for: it gains less from narrow ones than scoring does, so
-        only the narrowest and the widest.
-        """
-        return tuple(sorted({self.widths[0], self.widths[-1]}))
 
 
 def draft_counts(most: int) -> tuple[int, ...]:

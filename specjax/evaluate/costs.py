@@ -99,10 +99,11 @@ def phase_milliseconds(
         ConfigError: the prompt and the rounds outgrow the target's context.
     """
     check_context(owner, len(tokens))
-    parts, best = _parts(owner.programs.system), dict.fromkeys((*PHASES, "round"), float("inf"))
+    system, best = owner.programs.system, dict.fromkeys((*PHASES, "round"), float("inf"))
+    parts = _parts(system)
     for _ in range(repeats + 1):  # the first one is the warm-up
         params, state = _running_state(owner, tokens, sampling)
-        spent, _ = _timed_rounds(parts, params, state)
+        spent, _ = _timed_rounds(parts, system.drafter.widths, params, state)
         params, state = _running_state(owner, tokens, sampling)
         began, compiled = time.perf_counter(), owner.programs.compile_seconds
         for _ in range(ROUNDS):
@@ -158,13 +159,13 @@ def _parts(system: step.System) -> dict[str, Any]:
             donate_argnums=1,
         ),
         "score": jax.jit(
-            lambda params, cache, state, proposal: step.score(system, params, state.replace(cache=cache), proposal),
+            lambda params, cache, state, drafts: step.score(system, params, state.replace(cache=cache), drafts),
             donate_argnums=1,
         ),
-        "verify": jax.jit(lambda state, scores, proposal: step.verify(system, state, scores, proposal)),
+        "verify": jax.jit(lambda state, scores, drafts: step.verify(system, state, scores, drafts)),
         "commit": jax.jit(
-            lambda params, models, state, scores, proposal, verdict: step.commit(
-                system, params, state.replace(drafter=models[0]), scores._replace(cache=models[1]), proposal, verdict
+            lambda params, models, state, scores, drafts, verdict: step.commit(
+                system, params, state.replace(drafter=models[0]), scores._replace(cache=models[1]), drafts, verdict
             ),
             donate_argnums=1,
         ),
@@ -172,9 +173,9 @@ def _parts(system: step.System) -> dict[str, Any]:
 
 
 def _timed_rounds(
-    parts: dict[str, Any], params: step.Params, state: step.DecodeState
+    parts: dict[str, Any], widths: Sequence[int], params: step.Params, state: step.DecodeState
 ) -> tuple[dict[str, float], step.DecodeState]:
-    """Seconds of each part, the mean over ROUNDS rounds, and the state behind them."""
+    """Seconds of each part, the mean over ROUNDS rounds, and the state behind them; widths are the drafter's."""
     seconds = dict.fromkeys(PHASES, 0.0)
 
     def timed(name: str, *arguments: Any) -> Any:
@@ -187,10 +188,11 @@ def _timed_rounds(
         drafter, cache = state.drafter, state.cache
         state = state.replace(drafter=None, cache=None)
         proposal, drafter = timed("propose", params, drafter, state)
-        scores = timed("score", params, cache, state, proposal)
+        drafts = proposal.first(min(width for width in widths if width >= proposal.width) - 1)
+        scores = timed("score", params, cache, state, drafts)
         cache, scores = scores.cache, scores._replace(cache=None)
-        verdict = timed("verify", state, scores, proposal)
-        state = timed("commit", params, (drafter, cache), state, scores, proposal, verdict)
+        verdict = timed("verify", state, scores, drafts)
+        state = timed("commit", params, (drafter, cache), state, scores, drafts, verdict)
     return seconds, state
 
 

@@ -110,9 +110,8 @@ class Round:
         total = Cost()
         widths: list[Cost] = []
         for x in operations:
-            if x.op == "while" and "known_trip_count" not in x.rest and _scope(x).endswith("score/while"):
-                # One loop for each width that scoring is compiled for, of which one runs: in a round with drafts the
-                # widest.
+            if x.op == "while" and "known_trip_count" not in x.rest and _scope(x).endswith("window/while"):
+                # One loop for each width that a round is compiled for, of which one runs: with drafts the widest.
                 widths.append(self._computation(_called(x, "body")))
             else:
                 self._add_operation(total, x)
