@@ -320,6 +320,12 @@ def _config_and_workdir(command: str, arguments: list[str], about: str) -> tuple
     return config, flags["workdir"]
 
 
+OTHER_TYPE = (
+    ". A field takes values of the type it has in the config. For others replace its group as a whole: "
+    "--config.methods=\"{'name': {'method': 'ngram', 'num_speculative_tokens': 'auto'}}\"."
+)
+
+
 def parse(command: str, arguments: list[str], options: dict[str, str]) -> tuple[Any, dict[str, str | None]]:
     """Reads --config, --config.FIELD=VALUE and a command's text options.
 
@@ -345,6 +351,8 @@ def parse(command: str, arguments: list[str], options: dict[str, str]) -> tuple[
         rest = values(resolved)
     except Exception as error:  # the config file is a program of the user's, and absl raises many kinds
         message = _unknown_field(command, resolved[1:]) or f"{' '.join(arguments)}: {_first_line(error)}"
+        if isinstance(error, flags.IllegalFlagValueError):
+            message += OTHER_TYPE
         raise ConfigError(message) from error
     if rest[1:]:
         raise ConfigError(f"argument {rest[1]!r}: expected only --NAME=VALUE options; see specjax {command} --help.")

@@ -7,14 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specjax import processes
 from specjax.drafters.paced import PacedParams
 from specjax.step import PAD, RUNNING, DecodeState, Params
 
-REPEATS = 4
-"""Times that all choices are measured, one after the other."""
+FEWEST, MOST = 3, 12
+"""Times that all choices are measured, one after the other: no more as soon as of each the two fastest agree."""
+
+AGREE = 0.03
+"""How far apart times that agree may be: what else the machine does slows some of them down, and none is faster."""
 
 ROUNDS = 2
-"""Of each choice in a row, timed one by one: the fastest of all counts, so what else the machine does is left out."""
+"""Of each choice in a row, timed one by one: the faster counts."""
 
 CONTEXT = 200
 """Most positions of the text that is decoded for it. Attention on CPU reads 64 or 256 positions at a time: with these
@@ -50,18 +54,28 @@ def round_seconds(programs: Any, params: Params, rows: dict[str, np.ndarray]) ->
         "stop_tokens": np.full_like(rows["stop_tokens"], PAD),
         "finish": np.full(batch, RUNNING, np.int32),
     }
-    fastest = np.full(num, np.inf, np.float32)
+    measured: list[list[float]] = []
     call = np.inf
-    for _ in range(REPEATS):
+    while len(measured) < FEWEST or (len(measured) < MOST and not processes.of_first(_agree(measured))):
+        measured.append([])
         for choice in range(num):
             state = programs.init(params, trial)
             state = state.replace(drafter=state.drafter.replace(forced=jnp.int32(choice)))
             state, seconds = _timed(programs, params, state, 0)
             call = min(call, seconds)
+            fastest = np.inf
             for _ in range(ROUNDS):
                 state, seconds = _timed(programs, params, state, 1)
-                fastest[choice] = min(fastest[choice], seconds)
-    return np.maximum(fastest - call, LEAST * fastest)
+                fastest = min(fastest, seconds)
+            measured[-1].append(fastest)
+    fastest_of_all = np.min(measured, axis=0).astype(np.float32)
+    return np.maximum(fastest_of_all - call, LEAST * fastest_of_all)
+
+
+def _agree(measured: list[list[float]]) -> bool:
+    """Whether of each choice, a column, the two fastest are about the same."""
+    first, second = np.sort(measured, axis=0)[:2]
+    return bool((second <= (1.0 + AGREE) * first).all())
 
 
 def _timed(programs: Any, params: Params, state: DecodeState, rounds: int) -> tuple[DecodeState, float]:

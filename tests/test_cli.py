@@ -87,6 +87,18 @@ def test_a_group_of_a_config_can_be_replaced_by_fields_that_it_lacks(model, capf
     assert "drafts accepted" in capfd.readouterr().err
 
 
+def test_a_value_of_another_type_is_answered_with_how_to_give_it(capsys):
+    argument = "--config.methods.eagle3.num_speculative_tokens=auto"
+    assert cli.main(["evaluate", "--config=eval_smollm2", argument, "--workdir=w"]) == 2
+    err = capsys.readouterr().err
+    assert (
+        argument in err
+        and "'auto'" in err
+        and "replace its group" in err
+        and "'num_speculative_tokens': 'auto'}}" in err
+    )
+
+
 def test_no_command_prints_the_usage_and_fails(capsys):
     assert cli.main([]) == 2
     assert "usage: specjax" in capsys.readouterr().out

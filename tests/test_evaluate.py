@@ -4,6 +4,12 @@ import dataclasses
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import jax
@@ -13,6 +19,7 @@ from ml_collections import ConfigDict
 from models import random_target
 
 from specjax import SamplingParams, SpeculativeConfig, SpeculativeDecoder, cli
+from specjax.checkpoints.load import load_target
 from specjax.errors import ConfigError, SpecJAXError
 from specjax.evaluate import compare, environment, oracle, report, run
 from specjax.evaluate.experiment import COMPARISONS, Experiment
@@ -183,6 +190,34 @@ def test_a_killed_run_goes_on_to_the_same_summary(finished, kept, tmp_path):
     assert without_times(summary) == without_times(whole)
 
 
+def test_kill_9_twice_and_gone_on_with_equals_a_run_in_one_go(model, tmp_path):
+    """The installed command in a process of its own, killed as soon as so many more answers are on disk."""
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    fields = [f"--config.prompts={prompts}", "--config.sampling.max_tokens=64", "--config.repeats=12"]
+    assert (
+        cli.main([*command(model, tmp_path / "whole"), *fields, "--config.costs=False", "--config.profile=False"]) == 0
+    )
+    run_again = [sys.executable, "-m", "specjax.cli", *command(model, tmp_path / "w"), *fields]
+    results = tmp_path / "w" / "results.jsonl"
+    kept = b""
+    for _ in range(2):
+        with (tmp_path / "output").open("wb") as output:
+            process = subprocess.Popen(run_again, stdout=output, stderr=output)
+            while process.poll() is None and not (results.exists() and results.stat().st_size > len(kept) + 3000):
+                time.sleep(0.002)
+            process.kill()
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "output").read_text()
+        content = results.read_bytes()
+        assert content.startswith(kept[: kept.rfind(b"\n") + 1])
+        kept = content
+    assert 0 < kept.count(b"\n") < 96
+    assert cli.main(run_again[3:]) == 0
+    assert results.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
+    whole, again = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "w"))
+    assert len(answers_of(tmp_path / "w")) == len(lines_of(tmp_path / "w")) - 1 == 96
+    assert without_times(again) == without_times(whole)
+
+
 def test_results_cut_at_any_byte_are_read_up_to_the_last_whole_line(tmp_path):
     results = Results(tmp_path, {"a": 1})
     for index in range(3):
@@ -346,6 +381,15 @@ def test_batches_give_the_answers_of_one_by_one(model, tmp_path):
     assert without_times(again) == without_times(batched)
 
 
+def test_a_number_of_drafts_that_varies_gives_plain_decodings_answers(model, tmp_path):
+    method = {"method": "ngram", "num_speculative_tokens": "auto", "prompt_lookup_max": 2}
+    config = experiment_config(model, tmp_path, repeats=1, batch_size=2, methods={"ngram": method})
+    summary = run.evaluate(config, tmp_path / "w")
+    row = summary["methods"]["ngram"]
+    assert (row["identical"], row["near_tie"], row["mismatch"]) == (4, 0, 0) and summary["finished"]
+    assert row["num_tokens"] == summary["baseline"]["num_tokens"] and not summary["failed"]
+
+
 def test_other_libraries_decode_the_same_prompts_to_the_same_tokens(model, tmp_path):
     pytest.importorskip("torch")
     config = experiment_config(model, tmp_path, repeats=1, compare=COMPARISONS, assistant=str(model), methods={})
@@ -358,6 +402,37 @@ def test_other_libraries_decode_the_same_prompts_to_the_same_tokens(model, tmp_p
     answer = answers_of(tmp_path / "w")["p0", 0, "transformers", 0]
     assert answer["timed_tokens"] == len(answer["token_ids"]) - 1  # prefill gives the first
     assert set(summary["comparisons"]) == set(COMPARISONS)
+    assert {"torch", "transformers"} < set(summary["versions"]) and "vllm" not in summary["versions"]
+
+
+def test_vllm_is_asked_as_its_documentation_says(model, tmp_path, monkeypatch):
+    """A stand-in of the documented interface (vLLM itself does not run here) that decodes plainly."""
+    decoder = SpeculativeDecoder(load_target(str(model), dtype="float32"))
+    asked = []
+
+    class Params:
+        def __init__(self, *, temperature, max_tokens, stop_token_ids, ignore_eos):
+            self.fields = SamplingParams(max_tokens=max_tokens, stop_token_ids=stop_token_ids, ignore_eos=ignore_eos)
+            assert temperature == 0
+
+    class LLM:
+        def __init__(self, model, *, dtype, max_model_len, max_num_seqs, enable_prefix_caching):
+            asked.append((Path(model).is_dir(), dtype, max_model_len, max_num_seqs, enable_prefix_caching))
+
+        def generate(self, prompts, params, *, use_tqdm):
+            (prompt,) = prompts
+            token_ids = decoder.generate([prompt["prompt_token_ids"]], params.fields).token_ids[0]
+            return [types.SimpleNamespace(outputs=[types.SimpleNamespace(token_ids=token_ids)])]
+
+    vllm = types.ModuleType("vllm")
+    vllm.__spec__, vllm.LLM, vllm.SamplingParams = ModuleSpec("vllm", None), LLM, Params
+    monkeypatch.setitem(sys.modules, "vllm", vllm)
+    summary = run.evaluate(experiment_config(model, tmp_path, repeats=1, compare=("vllm",), methods={}), tmp_path / "w")
+    assert asked == [(True, "float32", decoder.target.config.max_position, 1, False)]
+    row = summary["comparisons"]["vllm"]
+    assert row["identical"] == row["turns"] == 4 and row["num_tokens"] == summary["baseline"]["num_tokens"]
+    answer = answers_of(tmp_path / "w")["p0", 0, "vllm", 0]
+    assert answer["timed_tokens"] == len(answer["token_ids"]) - 1 and answer["prefill_seconds"] > 0
 
 
 @pytest.mark.parametrize(

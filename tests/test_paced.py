@@ -196,6 +196,28 @@ def test_drafts_of_rows_that_are_done_say_nothing_about_the_others():
         np.testing.assert_array_equal(after.drafter.num_seen[:, 0], seen)
 
 
+def test_costs_are_measured_until_the_fastest_two_of_each_choice_agree(monkeypatch):
+    """Rounds take 1, 2, ... seconds and calls 0.5; what else the machine does slows some repeats down."""
+    drafters = [ngram(num, 1, 2) for num in (1, 2)]
+    decoding = Decoding(paced(drafters, TARGET.config.width, jnp.float32), PacedParams((), jnp.ones(3)))
+
+    def found(slow):
+        repeats = []
+
+        def timed(programs, params, state, rounds):
+            choice = int(state.drafter.forced)
+            if not rounds and choice == 0:
+                repeats.append(len(repeats))
+            return state, 0.5 + rounds * (choice + 1.0) * (2.0 + repeats[-1] / 10 if slow(repeats[-1], choice) else 1.0)
+
+        monkeypatch.setattr(pacing, "_timed", timed)
+        return pacing.round_seconds(decoding.programs, decoding.params, rows_of([[1]])).tolist(), len(repeats)
+
+    assert found(lambda repeat, choice: False) == ([1, 2, 3], pacing.FEWEST)
+    assert found(lambda repeat, choice: choice == 0 and repeat < 5 and repeat != 1) == ([1, 2, 3], 6)
+    assert found(lambda repeat, choice: choice == 0 and repeat != 7) == ([1, 2, 3], pacing.MOST)
+
+
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 1, 4, 1], [2, 7, 2, 7, 2], [8], [5, 5, 5, 5, 5, 5, 5]]
 
 

@@ -12,7 +12,7 @@ from specjax.checkpoints import pretrained
 from specjax.checkpoints.load import Target
 from specjax.config import SamplingParams
 from specjax.errors import SpecJAXError
-from specjax.evaluate.experiment import Experiment
+from specjax.evaluate.experiment import COMPARISONS, Experiment
 
 LOOKUP_TOKENS = 10
 """Drafts of "transformers-lookup", the number in that library's documentation."""
@@ -61,7 +61,7 @@ def comparisons(experiment: Experiment, target: Target) -> tuple[dict[str, Gener
 
 def _reason_not_to_run(name: str, experiment: Experiment) -> str | None:
     sampling = experiment.sampling
-    for package in ("vllm",) if name == "vllm" else ("torch", "transformers"):
+    for package in COMPARISONS[name]:
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed"
     if name == "transformers-assisted" and not experiment.assistant:

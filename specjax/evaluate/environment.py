@@ -1,8 +1,10 @@
 """On what, and by which code, something was measured."""
 
+import contextlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -29,9 +31,13 @@ def _processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def versions() -> dict[str, str]:
-    """Package -> version, of PACKAGES."""
-    return {name: metadata.version(name) for name in PACKAGES}
+def versions(others: Iterable[str] = ()) -> dict[str, str]:
+    """Package -> version, of PACKAGES and those others that are installed."""
+    found = {name: metadata.version(name) for name in PACKAGES}
+    for name in others:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def source_commit() -> str | None:

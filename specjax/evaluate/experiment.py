@@ -18,8 +18,15 @@ from specjax.sharding import read_mesh
 
 PLAIN = "plain"
 
-COMPARISONS = ("transformers", "transformers-lookup", "transformers-assisted", "vllm")
-"""Other libraries that can be measured in the same run."""
+TRANSFORMERS = "torch", "transformers"
+
+COMPARISONS = {
+    "transformers": TRANSFORMERS,
+    "transformers-lookup": TRANSFORMERS,
+    "transformers-assisted": TRANSFORMERS,
+    "vllm": ("vllm",),
+}
+"""Other libraries that can be measured in the same run, and the packages that each needs."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +119,10 @@ class Experiment:
         """Whether outputs of lossless methods must be plain decoding's."""
         return self.sampling.greedy and not self.sampling.adjusts_logits
 
+    def versions(self) -> dict[str, str]:
+        """Package -> version, of all installed packages that something is measured with."""
+        return environment.versions(package for name in self.compare for package in COMPARISONS[name])
+
     def as_json(self) -> dict[str, Any]:
         """All fields as JSON gives them back: of sampling and methods those that were set."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -130,5 +141,5 @@ def identity(experiment: Experiment, prompts: Sequence[Prompt]) -> dict[str, Any
         "prompts_sha256": hashlib.sha256(texts.encode()).hexdigest(),
         "device": environment.device_name(),
         "processes": jax.process_count() if jax.process_count() > 1 else None,
-        "versions": environment.versions(),
+        "versions": experiment.versions(),
     }

@@ -101,7 +101,7 @@ def summarise(run: Run, finished: bool) -> dict[str, Any]:
         "device": environment.device_name(),
         "commit": commits[-1] if commits else None,
         "warnings": _warnings(commits, run.not_measured),
-        "versions": environment.versions(),
+        "versions": experiment.versions(),
         "config": experiment.as_json(),
         "prompts": len(run.prompts),
         "turns": len(run.units),
