@@ -12,7 +12,7 @@ from specjax.drafters.paced import PacedParams
 from specjax.step import PAD, RUNNING, DecodeState, Params
 
 FEWEST, MOST = 3, 12
-"""Times that all choices are measured, one after the other: no more as soon as of each the two fastest agree."""
+"""Times that all choices are measured, one after the other: no more as soon as of each the three fastest agree."""
 
 AGREE = 0.03
 """How far apart times that agree may be: what else the machine does slows some of them down, and none is faster."""
@@ -73,9 +73,9 @@ def round_seconds(programs: Any, params: Params, rows: dict[str, np.ndarray]) ->
 
 
 def _agree(measured: list[list[float]]) -> bool:
-    """Whether of each choice, a column, the two fastest are about the same."""
-    first, second = np.sort(measured, axis=0)[:2]
-    return bool((second <= (1.0 + AGREE) * first).all())
+    """Whether of each choice, a column, the three fastest are about the same."""
+    first, _, third = np.sort(measured, axis=0)[:3]
+    return bool((third <= (1.0 + AGREE) * first).all())
 
 
 def _timed(programs: Any, params: Params, state: DecodeState, rounds: int) -> tuple[DecodeState, float]:
