@@ -194,9 +194,7 @@ def test_kill_9_twice_and_gone_on_with_equals_a_run_in_one_go(model, tmp_path):
     """The installed command in a process of its own, killed as soon as so many more answers are on disk."""
     prompts = write_prompts(tmp_path / "prompts.jsonl")
     fields = [f"--config.prompts={prompts}", "--config.sampling.max_tokens=64", "--config.repeats=12"]
-    assert (
-        cli.main([*command(model, tmp_path / "whole"), *fields, "--config.costs=False", "--config.profile=False"]) == 0
-    )
+    assert cli.main([*command(model, tmp_path / "whole"), *fields]) == 0
     run_again = [sys.executable, "-m", "specjax.cli", *command(model, tmp_path / "w"), *fields]
     results = tmp_path / "w" / "results.jsonl"
     kept = b""

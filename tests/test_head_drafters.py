@@ -70,12 +70,8 @@ class Decoding:
         self.known = reference.Weights(jax.tree.map(np.asarray, weights.head))
 
         def one_round(params, state):
-            """As step.speculative_step, but what passes between its parts can be looked at."""
-            proposal, drafted = step.propose(system, params, state)
-            scores = step.score(system, params, state, proposal)
-            verdict = step.verify(system, state, scores, proposal)
-            after = step.commit(system, params, state.replace(drafter=drafted), scores, proposal, verdict)
-            return proposal, drafted, after
+            """step.speculative_step, and what it proposes and drafts with."""
+            return *step.propose(system, params, state), step.speculative_step(system, params, state)
 
         self.round = jax.jit(one_round)
 

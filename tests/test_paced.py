@@ -83,11 +83,7 @@ class Decoding:
         self.params = step.Params(TARGET.params, params)
 
         def one_round(params, state):
-            proposal, drafted = step.propose(system, params, state)
-            scores = step.score(system, params, state, proposal)
-            verdict = step.verify(system, state, scores, proposal)
-            after = step.commit(system, params, state.replace(drafter=drafted), scores, proposal, verdict)
-            return proposal.tokens, after
+            return step.propose(system, params, state)[0].tokens, step.speculative_step(system, params, state)
 
         self.round = jax.jit(one_round)
         self.propose = jax.jit(lambda params, state: step.propose(system, params, state)[0].tokens)

@@ -88,7 +88,7 @@ def paced(drafters: Sequence[Drafter], feature_width: int, dtype: jnp.dtype) -> 
     largest = drafters[-1]
     G, lag = largest.num_speculative_tokens, largest.lag
     counts = (0, *(drafter.num_speculative_tokens for drafter in drafters))
-    least = G + 1 - lag  # a window of features is at least as wide as in a round with the most drafts
+    least = G + 1 - lag  # few rounds are learnt from in a window as wide as with the most drafts
     kept = max(KEPT, least)
 
     def learn(inner_params, context: Context, width: int, state: PacedState) -> PacedState:

@@ -45,7 +45,7 @@ def export(
         CheckpointError: the checkpoint cannot be read.
     """
     trained, token_map = trained_head(Path(source)), None
-    drafts = num_speculative_tokens
+    drafts = num_speculative_tokens or DRAFTS
     if trained is not None:
         summary = trained.parent / "summary.json"
         if not target and summary.is_file():
@@ -54,7 +54,7 @@ def export(
         config, params, vocabulary = read_trained(trained)
         if isinstance(config, ModelConfig):
             return write_draft_model(
-                Path(out), config, params, _public_name(target), drafts or DRAFTS, vocabulary, jnp.dtype(dtype)
+                Path(out), config, params, _public_name(target), drafts, vocabulary, jnp.dtype(dtype)
             )
         if not config.reduced:
             vocabulary, token_map = None, vocabulary
@@ -65,9 +65,9 @@ def export(
         config, params, vocabulary = loaded.config, loaded.params, loaded.vocabulary
         if (directory / TOKEN_MAP).is_file() and not config.own_head:
             token_map = read_token_map(directory / TOKEN_MAP, model.vocab_size, "--source")
-        drafts = drafts or loaded.num_speculative_tokens or 0
+        drafts = num_speculative_tokens or loaded.num_speculative_tokens or DRAFTS
     architectures = hf.read_config(pretrained.resolve(target)).get("architectures") or ["LlamaForCausalLM"]
-    name, drafts = _public_name(target), drafts or DRAFTS
+    name = _public_name(target)
     return write_head(Path(out), config, params, name, architectures, drafts, vocabulary, jnp.dtype(dtype), token_map)
 
 
