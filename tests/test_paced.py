@@ -147,6 +147,18 @@ def test_the_choice_gives_the_most_tokens_a_second():
     assert choice_of(half, [1.0, 1.3, 1.5, 1.51]) == 4
 
 
+def test_drafts_must_promise_more_than_they_cost():
+    """By 0.05 tokens and 30 % of what a window costs: where it costs much, more is at stake."""
+    one = [[0.5, 0.0, 0.0, 0.0]]
+    dear = 9.0
+    assert choice_of(one, [1.0, 1.0 + 0.44 / 1.3, dear, dear]) == 1
+    assert choice_of(one, [1.0, 1.0 + 0.46 / 1.3, dear, dear]) == 0
+    assert choice_of([[0.06, 0.0, 0.0, 0.0]], [1.0, 1.0, dear, dear]) == 1
+    assert choice_of([[0.04, 0.0, 0.0, 0.0]], [1.0, 1.001, dear, dear]) == 0
+    # Of several that pay enough it is the one with the most tokens a second.
+    assert choice_of([[0.9, 0.9, 0.0, 0.0]], [1.0, 1.5, 2.0, dear]) == 2
+
+
 def test_the_choice_is_for_the_rows_that_run():
     rows = [[0.9] * 4, [0.0] * 4]
     seconds = [1.0, 1.3, 1.7, 2.4]

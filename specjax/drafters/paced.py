@@ -14,8 +14,11 @@ from specjax.drafters.base import NO_DRAFT, Context, Drafter, Features, Proposal
 LOOKS = 0.0075
 """By how much looks at what more drafts than the chosen number would bring lengthen decoding."""
 
-GAIN = 0.05
-"""How much faster than a round without drafts the others must promise to be: both costs and acceptance are noisy."""
+GAIN, STAKE = 0.05, 0.3
+"""How many tokens more than drafts cost, in tokens of plain rounds, they must promise, and that as a share of the cost.
+
+Costs and acceptance are noisy, and the more a window costs, the more is lost with drafts that do not pay after all.
+"""
 
 RATE = 0.05
 """Weight of a round in the running mean of acceptance, in the long run."""
@@ -116,7 +119,9 @@ def paced(drafters: Sequence[Drafter], feature_width: int, dtype: jnp.dtype) -> 
         rows = state.running[:, None].astype(jnp.float32)
         reached = (reached * rows).sum(axis=0) / jnp.maximum(rows.sum(), 1.0)
         tokens = 1.0 + jnp.concatenate([jnp.zeros(1), jnp.cumsum(reached)])[jnp.array(counts)]
-        best = jnp.argmax((tokens / seconds).at[1:].divide(1.0 + GAIN))
+        cost = seconds / seconds[0] - 1.0
+        pays = (tokens - 1.0 >= GAIN + (1.0 + STAKE) * cost).at[0].set(True)
+        best = jnp.argmax(jnp.where(pays, tokens / seconds, 0.0))
         more = jnp.minimum(best + 1, len(counts) - 1)
         looks = state.rounds * LOOKS * seconds[best] >= seconds[more] - seconds[best]
         choice = jnp.where(looks, more, best)
