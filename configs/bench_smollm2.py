@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     config.max_tokens = 128
     # Times that everything is measured, interleaved; the fastest counts.
     config.repeats = 3
-    # Rows side by side in the batch measurement, all of the same prompt.
+    # Rows side by side in the batch measurements. That of plain decoding alone has them all of the same prompt.
     config.batch = 8
     # Times a repeat that the step times are measured, interleaved.
     config.step_repeats = 5
@@ -47,6 +47,18 @@ def get_config() -> ConfigDict:
             "ngram": {
                 "method": "ngram",
                 "num_speculative_tokens": 6,
+                "prompt_lookup_min": 3,
+                "prompt_lookup_max": 5,
+            },
+        }
+    )
+    # The same, in a batch: against plain decoding of all prompts, in turns of a few rounds. {} for none.
+    config.batched_methods = ConfigDict(
+        {
+            "eagle3, auto": {"method": "eagle3", "num_speculative_tokens": "auto"},
+            "ngram, auto": {
+                "method": "ngram",
+                "num_speculative_tokens": "auto",
                 "prompt_lookup_min": 3,
                 "prompt_lookup_max": 5,
             },

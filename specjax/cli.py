@@ -107,7 +107,7 @@ def run_generate(arguments: list[str]) -> int:
     if processes.is_writer():
         print()
         _print_numbers(result, method)
-    check_finite(result, config.target)
+    check_finite(result.finish_reasons, config.target)
     return 0
 
 

@@ -62,15 +62,25 @@ class Completions:
         self._decoder = decoder
         self._rounds = rounds
         self._requests = requests
-        self._completions = self._decode_all()
+        self._calls = self._decode_all()
+        self._finished: collections.deque[Completion] = collections.deque()
 
     def __iter__(self) -> "Completions":
         return self
 
     def __next__(self) -> Completion:
-        return next(self._completions)
+        while not self._finished:
+            self._finished.extend(next(self._calls))
+        return self._finished.popleft()
 
-    def _decode_all(self) -> Iterator[Completion]:
+    def advance(self) -> list[Completion] | None:
+        """The prompts that finished in the next rounds, as many as lie between two looks; None where all had before.
+
+        For what takes turns with something else. Iterating goes on with the prompts that were not returned here.
+        """
+        return next(self._calls, None)
+
+    def _decode_all(self) -> Iterator[list[Completion]]:
         by_capacity: dict[int, list[Request]] = collections.defaultdict(list)
         for request in sorted(self._requests, key=lambda request: len(request.tokens)):
             windows = prefill_windows(len(request.tokens) - 1, PREFILL_WINDOW)
@@ -79,7 +89,7 @@ class Completions:
         for capacity, group in sorted(by_capacity.items()):
             yield from self._decode_group(group, capacity)
 
-    def _decode_group(self, group: Sequence[Request], capacity: int) -> Iterator[Completion]:
+    def _decode_group(self, group: Sequence[Request], capacity: int) -> Iterator[list[Completion]]:
         decoder = self._decoder
         programs, batch = decoder.programs, decoder.max_batch_size
         together = min(REFILL_ROWS, max(1, batch // REFILL_SHARE))
@@ -100,12 +110,14 @@ class Completions:
                 state = programs.decode(params, state, self._rounds)
                 names = ("tokens", "length", "finish", "acceptance_counts", "num_drafted")
                 look = dict(zip(names, fetch([getattr(state, name) for name in names]), strict=True))
+            finished = []
             for row in [row for row in held if look["finish"][row] != RUNNING]:
                 request = held.pop(row)
                 output = look["tokens"][row, len(request.tokens) : look["length"][row]].tolist()
                 reason = FINISH_REASONS[int(look["finish"][row])]
                 counts, drafted = look["acceptance_counts"][row], int(look["num_drafted"][row])
-                yield Completion(request.index, output, reason, counts, drafted)
+                finished.append(Completion(request.index, output, reason, counts, drafted))
+            yield finished
 
     def _place(
         self, params: Any, state: DecodeState, newcomers: Sequence[Request], rows: Sequence[int], together: int

@@ -39,3 +39,15 @@ def test_a_row_takes_the_next_prompt_while_the_others_go_on():
     decoder = SpeculativeDecoder(target, None, max_batch_size=2)
     order = [completion.index for completion in completions(decoder, [[5]] * 6, params, rounds=4)]
     assert order == [1, 2, 3, 4, 5, 0]
+
+
+def test_what_takes_turns_sees_every_call():
+    """advance decodes so many rounds and tells who finished; the iterator has the others, and None comes behind all."""
+    target = random_target(3)
+    params = [SamplingParams(max_tokens=length, ignore_eos=True) for length in (2, 2, 9, 5)]
+    decoder = SpeculativeDecoder(target, None, max_batch_size=2)
+    whole = {done.index: done.token_ids for done in completions(decoder, [[5]] * 4, params, rounds=4)}
+    stream = completions(decoder, [[5]] * 4, params, rounds=4)
+    calls = [stream.advance(), stream.advance(), list(stream), stream.advance(), stream.advance()]
+    assert [call and [done.index for done in call] for call in calls] == [[0, 1], [], [3, 2], None, None]
+    assert {done.index: done.token_ids for call in calls[:3] for done in call} == whole

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from specjax.evaluate.prompts import load_prompts
 from specjax.evaluate.run import check_finite
 from specjax.generate import SpeculativeDecoder
 from specjax.sampling import SamplingState
+from specjax.slots import completions
 from specjax.target import decoder
 from specjax.tokenizer import encode_prompt
 from specjax.train.students import student_for
@@ -35,6 +37,9 @@ from specjax.verify import residual, round_uniforms
 BARE_STEPS = 32
 """Steps of a bare compiled step that are timed together."""
 
+TURN_ROUNDS, AGAIN = 8, "plain decoding again"
+"""Rounds in a batch that a system decodes before it is the next one's turn; and what shows the noise."""
+
 MATRIX, PRODUCT = 2048, "product of matrices"
 """Side of the float32 matrices whose product training steps are compared with, and what it is called."""
 
@@ -43,7 +48,8 @@ def benchmark(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any
     """Measures what configs/bench_smollm2.py describes and writes benchmark.json into workdir.
 
     Every system decodes every prompt once a repeat, one after the other, so that a slow minute of the machine hits all
-    of them; each one's fastest repeat of each prompt counts.
+    of them; each one's fastest repeat of each prompt counts. In a batch, whose rounds take long, systems that are to be
+    compared exactly take turns every few rounds, and all repeats count.
 
     Args:
         config: see configs/bench_smollm2.py.
@@ -56,20 +62,28 @@ def benchmark(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any
     text = " ".join(prompt.text for prompt in load_prompts(config.prompts, 0))
     training, operations = _training_systems(config, target, Path(workdir))
     steps = _step_systems(config, target) | _acceptance_systems(config, target, text) | training
+    batched = _batched_systems(config, target)
     seconds: dict[str, dict[Any, float]] = {name: {} for name in [*systems, *steps]}
     tokens: dict[str, dict[Any, int]] = {name: {} for name in systems}
-    total, done = config.repeats * (len(prompts) * len(systems) + config.step_repeats * len(steps)), 0
+    in_turns: list[dict[str, dict[str, float]]] = []
+    a_repeat = len(prompts) * len(systems) + config.step_repeats * len(steps) + bool(batched)
+    total, done = config.repeats * a_repeat, 0
 
-    def keep(name: str, key: Any, measured: float) -> None:
+    def count(name: str) -> None:
         nonlocal done
-        seconds[name][key] = min(measured, seconds[name].get(key, float("inf")))
         done += 1
         if progress:
             progress(done, total, name)
 
+    def keep(name: str, key: Any, measured: float) -> None:
+        seconds[name][key] = min(measured, seconds[name].get(key, float("inf")))
+        count(name)
+
     for run in systems.values():
         run(prompts[0])  # warm-up
-    for _ in range(config.repeats):
+    if batched:
+        _take_turns(batched, prompts, config, 0)
+    for repeat in range(config.repeats):
         for index, prompt in enumerate(prompts):
             for name, run in systems.items():
                 num_tokens, spent = run(prompt)
@@ -78,6 +92,9 @@ def benchmark(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any
         for _ in range(config.step_repeats):
             for name, step in steps.items():
                 keep(name, 0, step())
+        if batched:
+            in_turns.append(_take_turns(batched, prompts, config, repeat))
+            count(f"batch {config.batch}, in turns")
 
     rates = {name: sum(tokens[name].values()) / sum(seconds[name].values()) for name in systems}
     step_ms = {name: 1e3 * seconds[name][0] for name in steps}
@@ -91,7 +108,8 @@ def benchmark(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any
         "tokens_per_second": rates,
         "step_milliseconds": step_ms,
         "step_operations": operations,
-        "rows": _rows(rates, step_ms, config) + _training_rows(step_ms, operations),
+        "in_turns": in_turns,
+        "rows": _rows(rates, step_ms, config) + _batched_rows(in_turns, config) + _training_rows(step_ms, operations),
     }
     write_json(Path(workdir) / "benchmark.json", results)
     return results
@@ -106,7 +124,7 @@ def _decoding_systems(config: ConfigDict, target: Target) -> dict[str, Callable[
 
         def run(prompt: str) -> tuple[int, float]:
             result = system.generate([prompt] * batch, sampling, config.chat)
-            check_finite(result, target.name)
+            check_finite(result.finish_reasons, target.name)
             metrics = result.metrics
             return metrics.num_tokens, metrics.decode_seconds
 
@@ -126,6 +144,46 @@ def _decoding_systems(config: ConfigDict, target: Target) -> dict[str, Callable[
 
         systems["transformers"] = transformers
     return systems
+
+
+def _batched_systems(config: ConfigDict, target: Target) -> dict[str, SpeculativeDecoder]:
+    """Name -> a system of config.batch rows: plain decoding, the same again, and config.batched_methods."""
+    if not config.batched_methods:
+        return {}
+    plain = SpeculativeDecoder(target, max_batch_size=config.batch)
+    methods = {
+        name: SpeculativeDecoder(
+            target, SpeculativeConfig.model_validate(plain_dict(fields)), max_batch_size=config.batch
+        )
+        for name, fields in config.batched_methods.items()
+    }
+    return {"plain": plain, AGAIN: plain, **methods}
+
+
+def _take_turns(
+    systems: dict[str, SpeculativeDecoder], prompts: list[str], config: ConfigDict, seed: int
+) -> dict[str, dict[str, float]]:
+    """Name -> tokens and seconds of decoding all prompts, every system a few rounds before it is the next one's turn.
+
+    So what else the machine does hits all of them, and what it does to them is seen in plain decoding's second time.
+    """
+    sampling, shuffle = SamplingParams(max_tokens=config.max_tokens), random.Random(seed).shuffle
+    streams = {
+        name: completions(system, prompts, sampling, config.chat, rounds=TURN_ROUNDS)
+        for name, system in systems.items()
+    }
+    tokens = dict.fromkeys(systems, 0)
+    running = list(streams)
+    while running:
+        shuffle(running)
+        for name in tuple(running):
+            finished = streams[name].advance()
+            if finished is None:
+                running.remove(name)
+            else:
+                check_finite([done.finish_reason for done in finished], config.target)
+                tokens[name] += sum(len(done.token_ids) for done in finished)
+    return {name: {"tokens": tokens[name], "seconds": stream.decode_seconds} for name, stream in streams.items()}
 
 
 def _step_systems(config: ConfigDict, target: Target) -> dict[str, Callable[[], float]]:
@@ -263,6 +321,23 @@ def _training_systems(
     for run in systems.values():
         run()  # warm-up
     return systems, operations
+
+
+def _batched_rows(in_turns: list[dict[str, dict[str, float]]], config: ConfigDict) -> list[dict[str, Any]]:
+    rates = {
+        name: sum(turns[name]["tokens"] for turns in in_turns) / sum(turns[name]["seconds"] for turns in in_turns)
+        for name in (in_turns[0] if in_turns else ())
+    }
+    return [
+        {
+            "claim": f"{name} over plain decoding, batch {config.batch}",
+            "measured": f"{rate:.1f} / {rates['plain']:.1f} tokens/s",
+            "ratio": rate / rates["plain"],
+            "goal": "noise" if name == AGAIN else ">= 0.97",
+        }
+        for name, rate in rates.items()
+        if name != "plain"
+    ]
 
 
 def _training_rows(step_ms: dict[str, float], operations: dict[str, float]) -> list[dict[str, Any]]:

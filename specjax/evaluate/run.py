@@ -222,7 +222,7 @@ class _Evaluation:
             return result, result.metrics.compile_seconds
 
         result, compile_seconds = _warmed_up(generate)
-        check_finite(result, self.target.name)
+        check_finite(result.finish_reasons, self.target.name)
         metrics = result.metrics
         return dataclasses.replace(
             answer,
@@ -419,13 +419,13 @@ def _description(name: str, running: Metrics | None) -> str:
     return f"{name}: {running.tokens_per_second:.1f} tokens/s{accepted}"
 
 
-def check_finite(result: GenerationResult, name: str) -> None:
-    """Refuses an output that ended because logits were not finite.
+def check_finite(finish_reasons: Sequence[str], name: str) -> None:
+    """Refuses outputs of which one ended because the logits of a target of this name were not finite.
 
     Raises:
         SpecJAXError: there is one.
     """
-    if "error" in result.finish_reasons:
+    if "error" in finish_reasons:
         raise SpecJAXError(_not_finite(name))
 
 
