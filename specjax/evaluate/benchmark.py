@@ -66,7 +66,8 @@ def benchmark(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any
     seconds: dict[str, dict[Any, float]] = {name: {} for name in [*systems, *steps]}
     tokens: dict[str, dict[Any, int]] = {name: {} for name in systems}
     in_turns: list[dict[str, dict[str, float]]] = []
-    a_repeat = len(prompts) * len(systems) + config.step_repeats * len(steps) + bool(batched)
+    a_repeat = len(prompts) * len(systems) + config.step_repeats * len(steps)
+    a_repeat += config.batched_repeats * bool(batched)
     total, done = config.repeats * a_repeat, 0
 
     def count(name: str) -> None:
@@ -82,8 +83,8 @@ def benchmark(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any
     for run in systems.values():
         run(prompts[0])  # warm-up
     if batched:
-        _take_turns(batched, prompts, config, 0)
-    for repeat in range(config.repeats):
+        _take_turns(batched, prompts, config, seed=0)  # warm-up
+    for _ in range(config.repeats):
         for index, prompt in enumerate(prompts):
             for name, run in systems.items():
                 num_tokens, spent = run(prompt)
@@ -92,8 +93,8 @@ def benchmark(config: ConfigDict, workdir: str | os.PathLike[str], progress: Any
         for _ in range(config.step_repeats):
             for name, step in steps.items():
                 keep(name, 0, step())
-        if batched:
-            in_turns.append(_take_turns(batched, prompts, config, repeat))
+        for _ in range(config.batched_repeats if batched else 0):
+            in_turns.append(_take_turns(batched, prompts, config, seed=len(in_turns)))
             count(f"batch {config.batch}, in turns")
 
     rates = {name: sum(tokens[name].values()) / sum(seconds[name].values()) for name in systems}
